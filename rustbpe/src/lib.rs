@@ -1,0 +1,3 @@
+//! Byte pair encoding.
+#[cfg(any(feature = "python", feature = "extension-module"))]
+mod py;
