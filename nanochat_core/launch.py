@@ -1,0 +1,363 @@
+"""Runs one job in a process of its own: `python -m nanochat_core.launch JOB_DIR/job.json`.
+
+The parent starts the child in a session of its own, follows its metrics file and never shares a pipe with it, so a parent
+that dies takes nothing along: the child is told by the kernel, saves a checkpoint and ends. Everything is in the job's
+directory: job.json (what to do), log.txt (what was said), metrics.jsonl (how far it is), result.json (that it is done).
+"""
+
+import contextlib
+import ctypes
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nanochat_core import store
+from nanochat_core.pipeline import BY_NAME
+from nanochat_core.plan import Plan, code_digest, judge, rerun_path
+from nanochat_core.stage import Interrupted, Job, Metrics, Runtime
+
+Watch = Callable[[dict[str, Any]], None]
+"""Called with every line of a job's metrics file, as it is written."""
+
+INTERRUPTED = 130
+STOP_SECONDS = 120.0  # a stage that was told to stop gets this long for its checkpoint
+POLL_SECONDS = 0.2
+
+
+class StageFailed(Exception):
+    """A stage's process ended without a result; the message is its own last word."""
+
+    def __init__(self, stage: str, reason: str, log: Path) -> None:
+        super().__init__(f"{stage} failed: {reason}")
+        self.stage, self.reason, self.log = stage, reason, log
+
+
+# The parent's side.
+
+
+def launch(plan: Plan, name: str, watch: Watch = lambda row: None, *, rerun: str | None = None) -> Metrics:
+    """Bring one row of a plan to its result: at once if its artefact verifies, else in a process of its own.
+
+    `rerun` names the request to make a finished artefact again: the same request twice makes it once.
+    """
+    job = plan.jobs[name]
+    forced = rerun is not None and name in plan.rerun and not made_by(job.path, rerun)
+    if not forced and judge(plan, name, {}).state == "hit":
+        return result_of(job.path)
+    work = rerun_path(job) if forced and (job.path / "result.json").exists() else job.path
+    work.mkdir(parents=True, exist_ok=True)
+    store.write_json(work / "job.json", describe(plan, name, rerun))
+    log = work / "log.txt"
+    begin = log.stat().st_size if log.exists() else 0
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nanochat_core.launch", str(work / "job.json")],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())},
+        )
+    rows = follow(work / "metrics.jsonl")
+    try:
+        while process.poll() is None:
+            for row in rows:
+                if row is None:
+                    break
+                watch(row)
+            time.sleep(POLL_SECONDS)
+    finally:
+        stop(process)
+    for row in rows:
+        if row is None:
+            break
+        watch(row)
+    if process.returncode in (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT):
+        raise Interrupted(name)
+    try:
+        result = store.verify(job.path, plan.runtime.base_dir)
+    except store.Damaged as damage:
+        raise StageFailed(name, f"its artefact is damaged: {damage}", log) from None
+    if process.returncode != 0 or result is None:
+        final = log if log.exists() else job.path / "log.txt"
+        raise StageFailed(name, last_words(final, begin, process.returncode), final)
+    return dict(result["metrics"])
+
+
+def made_by(directory: Path, rerun: str) -> bool:
+    """Whether a finished artefact is what this request to run again has made."""
+    try:
+        result = store.read_result(directory)
+    except store.Damaged:
+        return False
+    return result is not None and result.get("rerun") == rerun
+
+
+def result_of(directory: Path) -> Metrics:
+    result = store.read_result(directory)
+    if result is None:
+        raise ValueError(f"{directory} is not finished")
+    return dict(result["metrics"])
+
+
+def follow(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The lines added to a metrics file from now on; None when there is none yet. A resumed stage may shorten the file."""
+    position = path.stat().st_size if path.exists() else 0
+    while True:
+        try:
+            with path.open("rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                position = min(position, size)
+                f.seek(position)
+                for line in f:
+                    if not line.endswith(b"\n"):
+                        break
+                    position += len(line)
+                    with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+                        yield json.loads(line)
+        except FileNotFoundError:
+            position = 0
+        yield None
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a child that still runs, with its whole group: first asked, so that it saves; then made to."""
+    if process.poll() is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def last_words(log: Path, begin: int, code: int) -> str:
+    """Why a process ended, in its own words: its last error line, or the end of its log."""
+    with log.open("rb") as f:
+        f.seek(begin)
+        lines = f.read()[-20_000:].decode(errors="replace").strip().splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[-1]
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}; run the same command to go on"
+    return "\n  " + "\n  ".join(lines[-8:]) if lines else f"its process ended with code {code} and no message"
+
+
+def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
+    """The content of job.json: everything the child needs, and all that explains the artefact later."""
+    job = plan.jobs[name]
+    inputs = {}
+    for role, row in plan.sources[name].items():
+        result = store.read_result(job.inputs[role])
+        if result is None:
+            raise ValueError(f"{name} reads {row}, which is not finished; run it first: nanochat stage {row} {plan.profile}")
+        inputs[role] = {
+            "stage": row,
+            "fingerprint": plan.jobs[row].fingerprint,
+            "content": store.content(result),
+        }
+    return {
+        "format": store.FORMAT,
+        "stage": name,
+        "version": BY_NAME[name].version,
+        "profile": plan.profile,
+        "config": job.config.model_dump(mode="json"),
+        "fingerprint": job.fingerprint,
+        "inputs": inputs,
+        "rerun": rerun,
+        "runtime": plan.runtime.model_dump(mode="json") | {"base_dir": str(plan.runtime.base_dir.resolve())},
+        "provenance": provenance(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    versions = {}
+    for package in ("nanochat", "nanochat-bpe", "torch", "pyarrow", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        **git_state(),
+        "code": code_digest(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "host": socket.gethostname(),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """The commit this code was checked out at, if it was."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return {"commit": None, "dirty": None}
+    run = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout  # noqa: E731
+    try:
+        return {"commit": run("rev-parse", "HEAD").strip() or None, "dirty": bool(run("status", "--porcelain").strip())}
+    except OSError:  # no git on this machine
+        return {"commit": None, "dirty": None}
+
+
+# The child's side.
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for a SIGTERM should the parent die; on a system that cannot, the parent's stop() is all there is."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        parent = os.environ.get("NANOCHAT_PARENT")
+        if parent and os.getppid() != int(parent):  # it died before we asked
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def read_job_file(path: Path) -> tuple[Job, dict[str, Any]]:
+    record = json.loads(path.read_text())
+    if record["format"] > store.FORMAT:
+        raise store.Newer(f"{path} was written by a newer nanochat; update nanochat")
+    stage = BY_NAME[record["stage"]]
+    runtime = Runtime.model_validate(record["runtime"])
+    inputs = {
+        role: runtime.base_dir / source["stage"] / source["fingerprint"]
+        for role, source in record["inputs"].items()
+    }
+    config = stage.module.Config.model_validate(record["config"])
+    return Job(stage.name, config, inputs, path.parent, runtime, record["fingerprint"]), record
+
+
+def execute(path: Path) -> None:
+    """Run a job.json to its result, alone in its directory and, if the stage wants it, on the device."""
+    job, record = read_job_file(path)
+    stage = BY_NAME[job.stage]
+    base_dir = job.runtime.base_dir
+    final = base_dir / job.stage / job.fingerprint
+    first = int(os.environ.get("RANK", "0")) == 0
+    with contextlib.ExitStack() as stack:
+        if first:
+            lock = base_dir / "locks" / f"{job.stage}-{job.fingerprint}.lock"
+            if not stack.enter_context(store.locked(lock, wait=False)):
+                print(f"another process is at work on {job.stage} {job.fingerprint}; waiting for it", flush=True)
+                stack.enter_context(store.locked(lock))
+            if job.path != final and not final.exists() and (job.path / "result.json").exists():
+                job.path.replace(final)  # a re-run that was complete but not yet put in place
+                return
+            if finished_meanwhile(job, record):
+                return
+            (job.path / "result.json").unlink(missing_ok=True)
+            if stage.device:
+                stack.enter_context(store.locked(base_dir / "locks" / "device.lock"))
+        if not first:
+            stage.module.run(job.config, job)
+            return
+        attempt(job, "started", pid=os.getpid(), previous_end=last_sign_of_life(job.path))
+        try:
+            metrics = stage.module.run(job.config, job)
+        except Exception as error:
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                attempt(job, "stopped", why=str(error) or type(error).__name__)
+            raise
+        attempt(job, "finished")
+        seconds = seconds_spent(read_attempts(job.path))
+        store.commit(job.path, base_dir, metrics, job.shared, seconds, record["inputs"], record["rerun"])
+        if job.path != final:
+            old = final.with_name(final.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            if final.exists():
+                final.replace(old)
+            job.path.replace(final)
+            store.sync_directory(final.parent)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def finished_meanwhile(job: Job, record: dict[str, Any]) -> bool:
+    """Whether another process has finished this very job while we waited for the lock."""
+    try:
+        result = store.verify(job.path, job.runtime.base_dir)
+    except store.Damaged:
+        return False
+    return (
+        result is not None
+        and result["inputs"] == record["inputs"]
+        and (record["rerun"] is None or result["rerun"] == record["rerun"])
+    )
+
+
+def attempt(job: Job, event: str, **more: Any) -> None:
+    """One line in the directory's own history: when attempts began and how they ended."""
+    with (job.path / "attempts.jsonl").open("a") as f:
+        f.write(json.dumps({"event": event, "time": round(time.time(), 3), **more}) + "\n")
+
+
+def read_attempts(directory: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in (directory / "attempts.jsonl").read_text().splitlines()]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return []
+
+
+def last_sign_of_life(directory: Path) -> float:
+    """When an attempt that left no word was last heard of: its metrics or its log."""
+    times = [path.stat().st_mtime for name in ("metrics.jsonl", "log.txt") if (path := directory / name).exists()]
+    return max(times, default=0.0)
+
+
+def seconds_spent(attempts: list[dict[str, Any]]) -> float:
+    """The working time of all attempts: one that was killed ends with its last sign of life."""
+    spent, started = 0.0, None
+    for event in attempts:
+        if started is not None:
+            end = event["previous_end"] if event["event"] == "started" else event["time"]
+            spent += max(0.0, end - started)
+        started = event["time"] if event["event"] == "started" else None
+    return spent
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 1:
+        print("usage: python -m nanochat_core.launch JOB_DIR/job.json", file=sys.stderr)
+        return 2
+    die_with_parent()
+    path = Path(argv[0])
+    if BY_NAME[json.loads(path.read_text())["stage"]].ranks == "all" and "RANK" not in os.environ:
+        nproc = json.loads(path.read_text())["runtime"]["nproc"]
+        if nproc > 1:  # the death signal survives exec, so torchrun is told too
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+            os.execv(sys.executable, [sys.executable, *launcher, "-m", "nanochat_core.launch", str(path)])
+    try:
+        execute(path)
+    except Interrupted:
+        return INTERRUPTED
+    except ValueError as error:
+        print(f"error: {error}", flush=True)
+        return 1
+    except OSError as error:
+        traceback.print_exc()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: the disk is full ({error.filename or path.parent}); free some space and run the same "
+                  "command to go on", flush=True)  # fmt: skip
+        else:
+            print(f"error: {error}", flush=True)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}", flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""THE TABLE: every stage, in the order they run. Start reading here."""
+
+from nanochat_core.stage import Stage
+from nanochat_core.stages import (
+    assets,
+    base_eval,
+    base_loss,
+    chat_eval,
+    export,
+    mid,
+    pretrain,
+    report,
+    rl,
+    sft,
+    shards,
+    tokenizer,
+    tokenizer_eval,
+)
+
+STAGES = (
+    Stage("assets", assets),
+    Stage("shards_head", shards),  # as many shards as the tokenizer reads, so that it need not wait for all of them
+    Stage("shards", shards),
+    Stage("tokenizer", tokenizer, reads={"text": "shards_head"}),
+    Stage("tokenizer_eval", tokenizer_eval, reads={"text": "shards", "tokenizer": "tokenizer"}),
+    Stage("pretrain", pretrain, reads={"text": "shards", "tokenizer": "tokenizer"}, ranks="all", device=True),
+    Stage(
+        "base_loss",
+        base_loss,
+        reads={"model": "pretrain", "tokenizer": "tokenizer", "text": "shards"},
+        device=True,
+    ),
+    Stage(
+        "base_eval",
+        base_eval,
+        reads={"model": "pretrain", "tokenizer": "tokenizer", "assets": "assets"},
+        device=True,
+    ),
+    Stage(
+        "mid",
+        mid,
+        reads={"model": "pretrain", "tokenizer": "tokenizer", "assets": "assets"},
+        ranks="all",
+        device=True,
+    ),
+    Stage(
+        "mid_eval", chat_eval, reads={"model": "mid", "tokenizer": "tokenizer", "assets": "assets"}, device=True
+    ),
+    Stage(
+        "sft",
+        sft,
+        reads={"model": ("mid", "pretrain"), "tokenizer": "tokenizer", "assets": "assets"},
+        ranks="all",
+        device=True,
+    ),
+    Stage(
+        "sft_eval", chat_eval, reads={"model": "sft", "tokenizer": "tokenizer", "assets": "assets"}, device=True
+    ),
+    Stage(
+        "rl",
+        rl,
+        reads={"model": "sft", "tokenizer": "tokenizer", "assets": "assets"},
+        ranks="all",
+        device=True,
+    ),
+    Stage("rl_eval", chat_eval, reads={"model": "rl", "tokenizer": "tokenizer", "assets": "assets"}, device=True),
+    Stage(
+        "export",
+        export,
+        reads={"model": ("rl", "sft"), "tokenizer": "tokenizer"},
+        gathers=("base_loss", "base_eval", "mid_eval", "sft_eval", "rl_eval"),
+    ),
+    Stage(
+        "report",
+        report,
+        gathers=(
+            "assets",
+            "shards_head",
+            "shards",
+            "tokenizer",
+            "tokenizer_eval",
+            "pretrain",
+            "base_loss",
+            "base_eval",
+            "mid",
+            "mid_eval",
+            "sft",
+            "sft_eval",
+            "rl",
+            "rl_eval",
+            "export",
+        ),
+    ),
+)
+
+BY_NAME = {stage.name: stage for stage in STAGES}

@@ -1,0 +1,167 @@
+"""Artefact directories: written whole or not at all, listed with sizes and hashes, verified before they are believed.
+
+A directory with a `result.json` that verifies is the cache; one without is where to resume.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1  # of job.json and result.json
+PRIVATE = {"job.json", "result.json", "attempts.jsonl", "log.txt"}  # of a job's directory, but not of its artefact
+SCRATCH = ("checkpoints", "partial")  # what an attempt leaves for the next one; gone once the stage is done
+
+
+class Damaged(ValueError):
+    """An artefact is not what its manifest says; the message names the file and what is wrong with it."""
+
+
+class Newer(ValueError):
+    """An artefact was written by a later version of this program."""
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a power cut, never sees half of it."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def artefact_files(directory: Path) -> list[Path]:
+    """The files of an artefact, relative to its directory: all but our own records and scratch."""
+    found = []
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        scratch = relative.parts[0] in SCRATCH or str(relative) in PRIVATE or path.name.endswith(".part")
+        if path.is_file() and not scratch:
+            found.append(relative)
+    return found
+
+
+def entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def commit(
+    directory: Path,
+    base_dir: Path,
+    metrics: dict[str, Any],
+    shared: set[Path],
+    seconds: float,
+    inputs: Mapping[str, Any],
+    rerun: str | None,
+) -> None:
+    """Declare a directory finished: hash everything, write result.json last, then drop the scratch."""
+    files = {str(name): entry(directory / name) for name in artefact_files(directory)}
+    for name in files:  # the hashes are of what the disk holds, not only of what the page cache does
+        with (directory / name).open("rb") as f:
+            os.fsync(f.fileno())
+    write_json(
+        directory / "result.json",
+        {
+            "format": FORMAT,
+            "metrics": metrics,
+            "files": files,
+            "shared": {str(path.relative_to(base_dir)): entry(path) for path in sorted(shared)},
+            "inputs": inputs,
+            "rerun": rerun,
+            "seconds": round(seconds, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
+    for name in SCRATCH:
+        shutil.rmtree(directory / name, ignore_errors=True)
+
+
+def read_result(directory: Path) -> dict[str, Any] | None:
+    """What result.json says, or None if the stage has not finished. A damaged or newer record is an error."""
+    path = directory / "result.json"
+    try:
+        result = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise Damaged("result.json cannot be read") from None
+    if not isinstance(result, dict) or not {"format", "metrics", "files", "inputs"} <= set(result):
+        raise Damaged("result.json is not a result of ours")
+    if result["format"] > FORMAT:
+        raise Newer(
+            f"{path} was written by a newer nanochat (format {result['format']}; this one reads {FORMAT}): "
+            "update nanochat, or use another --base-dir"
+        )
+    return result
+
+
+def verify(directory: Path, base_dir: Path, *, hashes: bool = False) -> dict[str, Any] | None:
+    """The result of a finished directory whose files are all there at their full size (and, on request, with their
+    hashes); None if it has not finished; Damaged, with the file and the reason, if it cannot be believed."""
+    result = read_result(directory)
+    if result is None:
+        return None
+    listed = [(directory / name, name, want) for name, want in result["files"].items()]
+    listed += [(base_dir / name, name, want) for name, want in result.get("shared", {}).items()]
+    for path, name, want in listed:
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise Damaged(f"{name} is missing") from None
+        if size != want["size"]:
+            raise Damaged(f"{name} has {size:,} bytes, not {want['size']:,}")
+        if hashes and sha256(path) != want["sha256"]:
+            raise Damaged(f"{name} has changed (its hash is another)")
+    return result
+
+
+def content(result: Mapping[str, Any]) -> str:
+    """A digest of what an artefact holds, so that what was made from it can tell whether it is still the same.
+
+    The progress log is left out: it carries times.
+    """
+    hashes = {name: want["sha256"] for name, want in result["files"].items() if name != "metrics.jsonl"}
+    hashes |= {name: want["sha256"] for name, want in result.get("shared", {}).items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that the kernel drops with its holder, however that dies.
+
+    Yields whether it is held: always, unless it is taken and we do not wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
