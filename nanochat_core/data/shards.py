@@ -1,0 +1,243 @@
+"""Where pretraining text comes from: the embedded corpus, the hub, URLs, or a local folder.
+
+Whatever the source, the result is parquet files with a string column `text`, the last one for validation.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from nanochat_core.data import corpus
+from nanochat_core.data.documents import MANIFEST, Shard, Shards, shard_list
+from nanochat_core.data.fetch import Progress, Remote, fetch
+from nanochat_core.data.hub import HUB
+from nanochat_core.store import locked, sha256, sync_directory, write_whole
+
+ROW_GROUP = 256  # documents; ranks take turns at row groups, so even a small shard has four
+DOCUMENT = 4_000  # characters: longer ones are cut at a line end, so that a batch sees many documents
+EMBEDDED_TRAIN = 4  # shards of about 5.2 MB of text each
+HELD_OUT = 0.02  # of the embedded corpus's characters, whole documents
+LOCAL_SHARD = 50_000_000  # characters of a shard made from local jsonl or txt files
+
+
+# ----------------------------------------------------------------------------------------- parquet in and out
+
+
+def write_shard(path: Path, texts: Sequence[str]) -> None:
+    """One shard, written whole: zstd, row groups of 256 documents or a quarter of the shard."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = max(1, min(ROW_GROUP, -(-len(texts) // 4)))
+    part = path.with_name(path.name + ".part")
+    table = pa.table({"text": pa.array(texts, type=pa.string())})
+    with part.open("wb") as file:
+        pq.write_table(table, file, row_group_size=rows, compression="zstd", compression_level=3)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_directory(path.parent)
+
+
+def describe(path: Path) -> Shard:
+    """What there is to know of a parquet shard; a ValueError says why one cannot be trained on."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, rows, row_groups = file.schema_arrow, file.metadata.num_rows, file.num_row_groups
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a parquet file that can be read: {error}") from None
+    if "text" not in schema.names:
+        raise ValueError(
+            f"{path} has no column 'text' (it has {', '.join(schema.names)}): name the text column so"
+        )
+    kind = schema.field("text").type
+    if kind not in (pa.string(), pa.large_string()):
+        raise ValueError(f"{path}: column 'text' holds {kind}, expected strings")
+    if rows == 0:
+        raise ValueError(f"{path} is empty: expected at least one document")
+    return Shard(path.name, path, path.stat().st_size, sha256(path), rows, row_groups)
+
+
+def manifest(shards: Shards, root: Path) -> str:
+    """shards.json, with paths relative to the downloads folder; a user's own files keep their full path."""
+
+    def entry(shard: Shard) -> dict[str, str | int]:
+        inside = shard.path.is_relative_to(root)
+        path = shard.path.relative_to(root) if inside else shard.path.absolute()
+        return shard._asdict() | {"path": str(path)}
+
+    splits = {split: [entry(shard) for shard in getattr(shards, split)] for split in Shards._fields}
+    return json.dumps(splits, indent=1) + "\n"
+
+
+def _complete(folder: Path, root: Path) -> Shards | None:
+    """The shards of a folder that was finished and whose files still have their hashes."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    shards = shard_list(folder, root)
+    whole = all(s.path.is_file() and sha256(s.path) == s.sha256 for s in shards.train + shards.validation)
+    return shards if whole else None
+
+
+def _fill(folder: Path, root: Path, make: Callable[[], Iterator[tuple[str, Sequence[str]]]]) -> Shards:
+    """Make a folder of shards, unless it is there; the last shard that comes is the validation shard."""
+    with locked(folder.with_name(folder.name + ".lock")):
+        found = _complete(folder, root)
+        if found is not None:
+            return found
+        folder.mkdir(parents=True, exist_ok=True)
+        made = []
+        for name, texts in make():
+            write_shard(folder / name, texts)
+            made.append(describe(folder / name))
+        shards = Shards(tuple(made[:-1]), tuple(made[-1:]))
+        write_whole(folder / MANIFEST, manifest(shards, root))
+        return shards
+
+
+# --------------------------------------------------------------------------------------------------- embedded
+
+
+def embedded(root: Path, max_chars: int | None = None, documents: Iterable[str] | None = None) -> Shards:
+    """The embedded corpus: four train shards, one for validation, in a folder named by their origin."""
+    decided = corpus.versions() | {
+        "max_chars": str(max_chars),
+        "shape": f"{ROW_GROUP}/{DOCUMENT}/{EMBEDDED_TRAIN}",
+    }
+    name = f"embedded-{hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]}"
+    for sentence in corpus.missing():
+        print(sentence, flush=True)
+
+    def make() -> Iterator[tuple[str, Sequence[str]]]:
+        texts = list(corpus.documents() if documents is None else documents)
+        train, held_out = split_documents(texts, max_chars)
+        bounds = [round(i * len(train) / EMBEDDED_TRAIN) for i in range(EMBEDDED_TRAIN + 1)]
+        for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            yield f"train_{i:03d}.parquet", train[begin:end]
+        yield "validation.parquet", held_out
+
+    return _fill(root / name, root, make)
+
+
+def split_documents(texts: list[str], max_chars: int | None) -> tuple[list[str], list[str]]:
+    """Shuffle, hold out whole documents, then cut the long ones: no document has a piece on both sides."""
+    rng = random.Random("embedded")
+    rng.shuffle(texts)
+    ends = list(itertools.accumulate(map(len, texts)))
+    total = min(max_chars or ends[-1], ends[-1])
+    n_held_out = bisect.bisect_left(ends, HELD_OUT * total) + 1
+    n = max(n_held_out + EMBEDDED_TRAIN, bisect.bisect_left(ends, total) + 1)
+    held_out = [piece for text in texts[:n_held_out] for piece in pieces(text)]
+    train = [piece for text in texts[n_held_out:n] for piece in pieces(text)]
+    rng.shuffle(train)
+    return train, held_out
+
+
+def pieces(text: str, limit: int = DOCUMENT) -> Iterator[str]:
+    """Cut at the last line end before the limit, or at a space, or wherever there is neither."""
+    while len(text) > limit:
+        ends = (text.rfind("\n", limit // 2, limit), text.rfind(" ", limit // 2, limit), limit)
+        cut = next(end for end in ends if end > 0)
+        yield text[:cut].rstrip()
+        text = text[cut:].lstrip()
+    if text:
+        yield text
+
+
+# ----------------------------------------------------------------------------------------- hub, URLs, folders
+
+
+def download(
+    urls: Sequence[str], folder: Path, *, workers: int, offline: bool, progress: Progress | None = None
+) -> Shards:
+    """Parquet files by URL, the last one for validation."""
+    names = [url.split("?")[0].rsplit("/", 1)[-1] for url in urls]
+    if len(set(names)) < len(names):
+        raise ValueError("two of the URLs end in the same file name: give files with distinct names")
+    if len(urls) < 2:
+        raise ValueError("one URL is not enough: the last file is kept for validation, so list at least two")
+    with locked(folder.with_name(folder.name + ".lock")):
+        remotes = [Remote(url, folder / name) for url, name in zip(urls, names, strict=True)]
+        fetched = fetch(remotes, workers=workers, offline=offline, progress=progress)
+    shards = [describe(file.path) for file in fetched]
+    return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
+
+
+def hub_urls(name: str, count: int, revision: str) -> list[str]:
+    """The first `count` shards and then the pinned validation shard."""
+    known = HUB[name]
+    if not 1 <= count < known.shards:
+        raise ValueError(
+            f"{name} has {known.shards - 1} train shards; count = {count} is not among 1..{known.shards - 1}"
+        )
+    return [known.url(index, revision) for index in (*range(count), known.shards - 1)]
+
+
+def local(folder: Path, root: Path) -> Shards:
+    """A folder of parquet files, used where they lie, the last by name for validation;
+    or of jsonl and txt files, made into shards, every fiftieth document for validation."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is neither a folder, nor a URL, nor one of: embedded, {', '.join(HUB)}")
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".jsonl", ".txt"))
+    parquet = [path for path in files if path.suffix == ".parquet"]
+    if len(parquet) == 1:
+        raise ValueError(
+            f"{parquet[0]} is the only parquet file: the last one is for validation, so two are needed"
+        )
+    if parquet:
+        shards = [describe(path) for path in parquet]
+        return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
+    if not files:
+        raise ValueError(f"{folder} holds no .parquet, .jsonl or .txt file")
+    listing = [(str(path.relative_to(folder)), sha256(path)) for path in files]
+    name = f"local-{hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]}"
+    return _fill(root / name, root, lambda: _from_files(files))
+
+
+def _from_files(files: Sequence[Path]) -> Iterator[tuple[str, Sequence[str]]]:
+    train: list[str] = []
+    held_out: list[str] = []
+    chars = made = 0
+    for i, text in enumerate(text for path in files for text in read_documents(path)):
+        if i % 50 == 0:
+            held_out.append(text)
+            continue
+        train.append(text)
+        chars += len(text)
+        if chars >= LOCAL_SHARD:
+            yield f"train_{made:05d}.parquet", train
+            train, chars, made = [], 0, made + 1
+    if not held_out or not (train or made):
+        raise ValueError(f"{files[0].parent} holds fewer than two documents: nothing is left to train on")
+    if train:
+        yield f"train_{made:05d}.parquet", train
+    yield "validation.parquet", held_out
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of a jsonl file (field `text` of each line) or of a txt file (cut to pieces)."""
+    try:
+        if path.suffix == ".txt":
+            yield from pieces(path.read_text(encoding="utf-8"))
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                        raise ValueError(
+                            f"{path}, line {number}: expected an object with a string field 'text'"
+                        )
+                    yield row["text"]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
