@@ -80,7 +80,6 @@ def _draw(
     if top_p is not None:
         before = probabilities.cumsum(1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
-        probabilities[:, 0].clamp_(min=torch.finfo(probabilities.dtype).tiny)  # the best one always stays
     cumulative = probabilities.cumsum(1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True)  # first whose sum is beyond: never a zero one

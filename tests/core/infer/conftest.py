@@ -1,0 +1,74 @@
+"""Tiny real models for the engine's tests."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanochat_core.model.gpt import GPT
+from nanochat_core.model.shape import GPTConfig
+
+SHAPE = GPTConfig("seed", sequence_len=96, vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+
+Build = Callable[..., GPT]
+
+
+class Bytes:  # stand-in
+    vocab_size = 265
+    bos = 256
+    names = [
+        "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+        "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
+    ]
+
+    def special(self, name):
+        return 256 + self.names.index(name)
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode_bytes(self, ids):
+        return b"".join(bytes([i]) if i < 256 else self.names[i - 256].encode() for i in ids)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode(errors="replace")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Bytes()
+
+
+@pytest.fixture
+def build(tokenizer) -> Build:
+    """A model with weights that matter everywhere, also where training starts from zero."""
+
+    def build(arch: str = "seed", **shape: int) -> GPT:
+        config = replace(SHAPE, arch=arch, vocab_size=tokenizer.vocab_size, **shape)
+        model = GPT(config).init_weights(1).eval().requires_grad_(False)
+        rng = torch.Generator().manual_seed(2)
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.copy_(torch.randn(weight.shape, generator=rng) / weight.size(1) ** 0.5)
+            else:
+                weight.add_(0.3 * torch.rand(weight.shape, generator=rng))
+        model.lm_head.weight.mul_(3)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def parrot(tokenizer) -> Callable[..., GPT]:
+    """A model that has learned nothing but which token comes after which: chains of tokens, said greedily."""
+
+    def parrot(*chains: list[int]) -> GPT:
+        config = replace(SHAPE, vocab_size=tokenizer.vocab_size, n_embd=256)
+        model = GPT(config).init_weights(1).eval().requires_grad_(False)  # blocks that add nothing
+        for chain in chains:
+            for token, following in zip(chain, chain[1:], strict=False):
+                model.lm_head.weight[following] += model.wte.weight[token]
+        return model
+
+    return parrot
