@@ -1,0 +1,38 @@
+"""Every task by name. A new one is a file beside this one and a line in the table."""
+
+from pathlib import Path
+
+from nanochat_core.data.tasks import (
+    capitals,
+    chitchat,
+    choices,
+    facts,
+    identity,
+    spelling,
+    tool_format,
+    word_problems,
+)
+from nanochat_core.data.tasks.base import Loader, Problem, Split, Task
+
+__all__ = ["TASKS", "Problem", "Split", "Task", "load_task"]
+
+TASKS: dict[str, Loader] = {
+    # generated, need no network
+    "word_problems": word_problems.one_step,
+    "word_problems_hard": word_problems.two_steps,
+    "capitals": capitals.load,
+    "spelling": spelling.spelling,
+    "counting": spelling.counting,
+    "identity": identity.load,
+    "chitchat": chitchat.load,
+    "facts": facts.load,
+    "choices": choices.load,
+    "tool_format": tool_format.load,
+}
+
+
+def load_task(name: str, split: Split, *, size: int | None = None, assets: Path | None = None) -> Task:
+    """A task's rows of one split. Generators make `size` of them, data sets give their first `size`."""
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+    return TASKS[name](split, size, assets)

@@ -1,0 +1,54 @@
+"""What the training loop eats, and a thread that prepares it ahead of time."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One rank's part of one optimizer step. R rows, T tokens."""
+
+    inputs: Tensor  # (R, T) token ids
+    targets: Tensor  # (R, T) the tokens after them, -1 where nothing is to be learned
+    weights: Tensor  # (R, T) how much each counts, before the division by `count` of all ranks
+    count: float  # this rank's share of the divisor: its active tokens
+    cursor: Callable[[], dict[str, Any]]  # the place in the data after this batch, as JSON
+    notes: dict[str, float] = {}  # noqa: RUF012  what to record beside the loss
+
+
+def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+    """The same batches, made by a thread while the one before is being used."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put(batch)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # it belongs to whoever reads
+            put(error)
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

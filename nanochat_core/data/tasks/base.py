@@ -1,0 +1,157 @@
+"""What every task is: numbered rows, each a conversation, and a way to tell whether an answer is right."""
+
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, Protocol
+
+from nanochat_core.tokenizer.chat import Conversation, Message, Part
+
+Split = Literal["train", "test"]
+Kind = Literal["categorical", "generative"]
+
+UNBOUNDED = 100_000  # rows of a generator when nobody says how many
+TEST_ROWS = 200
+
+
+class Problem(Conversation, total=False):
+    """A conversation that ends in the right answer, with what is needed to mark another one."""
+
+    answer: str  # what the answer has to come to, where the last message does not say it plainly
+    tests: str  # of a programming problem
+    entry_point: str
+
+
+class Task(Protocol):
+    """Rows to train on and to be asked."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def baseline(self) -> float: ...  # accuracy of a guess
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Problem: ...
+    def correct(self, conversation: Problem, answer: str) -> bool: ...
+    def reward(self, conversation: Problem, answer: str) -> float: ...
+
+
+Row = Callable[[int], Problem]
+Matches = Callable[[Problem, str], bool]
+Loader = Callable[[Split, int | None, Path | None], Task]  # split, rows wanted, assets
+
+
+def truth(conversation: Conversation) -> str:
+    """The text of the last message, without its tool calls."""
+    content = conversation["messages"][-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def spoken(answer: str) -> str:
+    """What a decoded answer says after its last tool call: a result not put into words does not count."""
+    return answer.rpartition("<|output_end|>")[2]
+
+
+def same_text(conversation: Problem, answer: str) -> bool:
+    wanted = conversation["answer"] if "answer" in conversation else truth(conversation)
+    return spoken(answer).strip() == wanted.strip()
+
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in a text, as a number: 10, 10.0 and 1,000 are what they mean."""
+    found = NUMBER.findall(text)
+    return Fraction(found[-1].replace(",", "")) if found else None
+
+
+def same_number(conversation: Problem, answer: str) -> bool:
+    """Right if both end in the same number."""
+    number = last_number(spoken(answer))
+    return number is not None and number == last_number(truth(conversation))
+
+
+def contains_answer(conversation: Problem, answer: str) -> bool:
+    """Right if the words looked for occur, whatever the case."""
+    return conversation["answer"].casefold() in answer.casefold()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A task made of a function from an index to a row."""
+
+    name: str
+    size: int
+    row: Row
+    matches: Matches = same_text
+    kind: Kind = "generative"
+    baseline: float = 0.0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Problem:
+        if not 0 <= index < self.size:
+            raise IndexError(f"{self.name} has {self.size} rows; there is no row {index}")
+        return self.row(index)
+
+    def __iter__(self) -> Iterator[Problem]:
+        return (self.row(index) for index in range(self.size))
+
+    def correct(self, conversation: Problem, answer: str) -> bool:
+        return self.matches(conversation, answer)
+
+    def reward(self, conversation: Problem, answer: str) -> float:
+        return float(self.matches(conversation, answer))
+
+
+def generator(task: str, split: Split, index: int) -> random.Random:
+    """The only source of chance of a generated row."""
+    return random.Random(f"{task}-{split}-{index}")
+
+
+def rows(size: int | None, split: Split) -> int:
+    return size if size is not None else UNBOUNDED if split == "train" else TEST_ROWS
+
+
+def is_test(*key: str | int) -> bool:
+    """Whether a row with this key belongs to the test split: one in eight does, for good."""
+    return zlib.crc32(" ".join(map(str, key)).encode()) % 8 == 0
+
+
+def dialogue(*turns: str | list[Part]) -> Problem:
+    """A conversation of the turns of user and assistant, the user first."""
+    messages = [
+        Message(role="assistant" if i % 2 else "user", content=content) for i, content in enumerate(turns)
+    ]
+    return Problem(messages=messages)
+
+
+def text(words: str) -> Part:
+    return Part(type="text", text=words)
+
+
+def call(expression: str, result: str) -> list[Part]:
+    """A call of the calculator and what it said."""
+    return [Part(type="python", text=expression), Part(type="python_output", text=result)]
+
+
+LETTERS = ("A", "B", "C", "D", "E", "F", "G", "H")
+
+
+def multiple_choice(question: str, choices: list[str], right: int) -> Problem:
+    """A question with lettered choices; the letter follows without a space, as the token it is in the answer."""
+    letters = list(LETTERS[: len(choices)])
+    lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
+    asked = f"Multiple choice: {question}\n" + "\n".join(lines) + "\n\nAnswer with the letter only."
+    problem = dialogue(asked, letters[right])
+    problem["letters"] = letters
+    return problem

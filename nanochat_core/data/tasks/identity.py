@@ -1,0 +1,99 @@
+"""Who the model is: a closed set of questions, asked alike in train and test.
+
+With downloaded assets the rows are the conversations of identity_conversations.jsonl instead.
+"""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+from nanochat_core.data.tasks.base import Problem, Rows, Split, contains_answer, dialogue
+
+FILE = "identity_conversations.jsonl"
+
+
+class Subject(NamedTuple):
+    questions: tuple[str, ...]
+    answer: str
+    key: str  # what a right answer has to contain
+
+
+SUBJECTS = (
+    Subject(
+        ("Who are you?", "What are you?", "What is your name?", "Tell me your name.", "Which model are you?",
+         "Introduce yourself.", "Who am I talking to?", "What should I call you?"),
+        "I am nanochat, a small language model.",
+        "nanochat",
+    ),
+    Subject(
+        ("Who made you?", "Who built you?", "Who trained you?", "Where do you come from?", "Who created you?",
+         "Where were you trained?"),
+        "I was trained from scratch on your own machine.",
+        "your own machine",
+    ),
+    Subject(
+        ("Are you a human?", "Are you a person?", "Are you a robot?", "Are you real?", "Are you an AI?"),
+        "I am a language model, not a person.",
+        "language model",
+    ),
+    Subject(
+        ("What can you do?", "How can you help me?", "What are you good at?", "What do you know?"),
+        "I can chat, spell words, name capitals and work out sums with a calculator.",
+        "calculator",
+    ),
+    Subject(
+        ("Are you ChatGPT?", "Are you GPT-4?", "Are you Claude?", "Are you Gemini?"),
+        "No, I am nanochat.",
+        "nanochat",
+    ),
+    Subject(
+        ("How big are you?", "Are you a big model?", "How smart are you?"),
+        "I am very small, so I make mistakes.",
+        "small",
+    ),
+)  # fmt: skip
+GREETINGS = ("", "Hi! ", "Hello! ", "Hey, ")
+
+
+def conversations() -> list[Problem]:
+    """Every question with every greeting before it."""
+    found = []
+    for greeting, subject in itertools.product(GREETINGS, SUBJECTS):
+        for question in subject.questions:
+            problem = dialogue(greeting + question, subject.answer)
+            problem["answer"] = subject.key
+            found.append(problem)
+    random.Random("identity").shuffle(found)  # so that a short view has some of each
+    return found
+
+
+def load(split: Split, size: int | None, assets: Path | None) -> Rows:
+    """The rows of the assets' file if there are assets, of the table above if not."""
+    listed = conversations() if assets is None else read(assets / FILE)
+
+    def row(index: int) -> Problem:
+        return listed[index % len(listed)]
+
+    return Rows("identity", size if size is not None else len(listed), row, contains_answer)
+
+
+def read(path: Path) -> list[Problem]:
+    """Lines that are a list of messages, or an object with `messages` and perhaps `answer`."""
+    found = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                messages = row["messages"] if isinstance(row, dict) else row
+                problem = Problem(messages=[{"role": m["role"], "content": m["content"]} for m in messages])
+                problem["answer"] = row.get("answer", "nanochat") if isinstance(row, dict) else "nanochat"
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: expected a list of messages ({error})") from None
+            found.append(problem)
+    if not found:
+        raise ValueError(f"{path} is empty: expected one conversation a line")
+    return found

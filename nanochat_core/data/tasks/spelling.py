@@ -1,0 +1,89 @@
+"""Spelling a word and counting a letter in it: letters are what a model that sees tokens does not see.
+
+The words are a closed set of about 300. Spelling is asked alike in train and test; of the pairs of word and
+letter to count, one in eight is kept for the test.
+"""
+
+import functools
+import string
+from pathlib import Path
+
+from nanochat_core.data.tasks.base import (
+    Problem,
+    Rows,
+    Split,
+    call,
+    dialogue,
+    generator,
+    is_test,
+    rows,
+    same_number,
+    spoken,
+    text,
+)
+from nanochat_core.data.tasks.words import WORDS
+
+SPELL = ("Spell the word {}.", "How do you spell {}?", "Spell {}.")
+COUNT = (
+    "How many times does the letter {} occur in {}?",
+    "How many {} are in {}?",
+    "Count the letter {} in the word {}.",
+)
+
+
+def spelled(word: str) -> str:
+    return " ".join(word)
+
+
+def spelling(split: Split, size: int | None, assets: Path | None) -> Rows:
+    """Row i asks for word i, beginning again after the last one, in one of three wordings."""
+
+    def row(index: int) -> Problem:
+        word = WORDS[index * 67 % len(WORDS)]  # a stride, so that a short view is not all of one letter
+        question = generator("spelling", split, index).choice(SPELL).format(word)
+        return dialogue(question, spelled(word))
+
+    return Rows("spelling", size if size is not None else len(WORDS), row, same_letters)
+
+
+def same_letters(conversation: Problem, answer: str) -> bool:
+    """Right if the letters are, in their order; how they are set apart does not matter."""
+
+    def letters(words: str) -> list[str]:
+        return [letter for letter in words if letter.isalpha()]
+
+    content = conversation["messages"][-1]["content"]
+    assert isinstance(content, str)
+    return letters(spoken(answer)) == letters(content) and answer.count(" ") >= len(letters(content)) - 1
+
+
+def counting(split: Split, size: int | None, assets: Path | None) -> Rows:
+    """Spell the word, then let the tool count: nine times in ten a letter that is in it."""
+
+    def row(index: int) -> Problem:
+        rng = generator("counting", split, index)
+        pairs = _pairs(split, rng.random() < 0.9)
+        word, letter = rng.choice(pairs)
+        number = word.count(letter)
+        times = f"{number} time" if number == 1 else f"{number} times"
+        return dialogue(
+            rng.choice(COUNT).format(letter, word),
+            [
+                text(f"{spelled(word)} "),
+                *call(f"'{word}'.count('{letter}')", str(number)),
+                text(f"{letter} occurs {times} in {word}: {number}"),
+            ],
+        )
+
+    return Rows("counting", rows(size, split), row, same_number)
+
+
+@functools.cache
+def _pairs(split: Split, present: bool) -> list[tuple[str, str]]:
+    """Word and letter, of one split, with the letter in the word or not."""
+    return [
+        (word, letter)
+        for word in WORDS
+        for letter in string.ascii_lowercase
+        if (letter in word) == present and is_test(word, letter) == (split == "test")
+    ]
