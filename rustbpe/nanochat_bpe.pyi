@@ -19,8 +19,12 @@ def train(
 ) -> list[tuple[int, int]]:
     """Merges in the order learned; merge i makes id 256 + i. Fewer than asked when the text gives no more."""
 
-def split(text: str, pattern: str | None = None, *, regex: bool = False) -> list[str]:
-    """The words of a text; with `regex` found by the regular expression even for PATTERN."""
+@final
+class Splitter:
+    """What cuts text into words; with `regex`, by the regular expression even for PATTERN."""
+
+    def __new__(cls, pattern: str | None = None, *, regex: bool = False) -> Splitter: ...
+    def split(self, text: str) -> list[str]: ...
 
 @final
 class Encoder:

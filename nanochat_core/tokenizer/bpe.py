@@ -98,7 +98,7 @@ class Tokenizer:
         )
 
     def to_huggingface(self, directory: Path) -> None:
-        """Write tokenizer.json for Hugging Face `tokenizers`. There, unlike here, text can become a special."""
+        """Write tokenizer.json for Hugging Face `tokenizers`. There, text can become a special."""
         letters = _byte_letters()
         ordinary = self.tokens()[: BYTES + len(self.merges)]
         names = ["".join(letters[byte] for byte in token) for token in ordinary]
@@ -190,7 +190,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's spelling of bytes as letters: the printable ones of Latin-1, and U+0100 onwards for the rest."""
+    """GPT-2's spelling of bytes as letters: what Latin-1 can print, and U+0100 onwards for the rest."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(BYTES)]

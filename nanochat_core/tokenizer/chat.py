@@ -132,7 +132,7 @@ def _check_message(i: int, message: Any) -> None:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "python", "python_output"):
             raise ValueError(
-                f"message {i} (assistant), part {j} has type {kind!r}; it can be text, python or python_output"
+                f"message {i} (assistant), part {j} has type {kind!r}; known are text, python, python_output"
             )
         if not isinstance(part.get("text"), str):
             raise ValueError(f"message {i} (assistant), part {j} ({kind}) has no 'text' that is a str")

@@ -104,15 +104,25 @@ fn fill(texts: &Bound<'_, PyIterator>, batch: &mut Batch, read: &mut usize) -> P
     Ok(true)
 }
 
-/// The words that a pattern cuts a text into; with `regex`, by the regular expression even for PATTERN.
-#[pyfunction]
-#[pyo3(signature = (text, pattern = None, *, regex = false))]
-fn split<'py>(text: &'py str, pattern: Option<&str>, regex: bool) -> PyResult<Vec<&'py str>> {
-    let pattern = pattern.unwrap_or(crate::PATTERN);
-    let splitter = if regex { Splitter::regex(pattern)? } else { Splitter::new(pattern)? };
-    let mut words = Vec::new();
-    splitter.split(text, |start, end| words.push(&text[start..end]))?;
-    Ok(words)
+/// What cuts text into words; with `regex`, by the regular expression even for PATTERN.
+#[pyclass(frozen, module = "nanochat_bpe", name = "Splitter")]
+struct PySplitter(Splitter);
+
+#[pymethods]
+impl PySplitter {
+    #[new]
+    #[pyo3(signature = (pattern = None, *, regex = false))]
+    fn new(pattern: Option<&str>, regex: bool) -> PyResult<Self> {
+        let pattern = pattern.unwrap_or(crate::PATTERN);
+        Ok(Self(if regex { Splitter::regex(pattern)? } else { Splitter::new(pattern)? }))
+    }
+
+    /// The words of a text.
+    fn split<'t>(&self, text: &'t str) -> PyResult<Vec<&'t str>> {
+        let mut words = Vec::new();
+        self.0.split(text, |start, end| words.push(&text[start..end]))?;
+        Ok(words)
+    }
 }
 
 /// Merges, ready for use; special tokens take the ids that follow.
@@ -208,12 +218,14 @@ fn backed(texts: &Bound<'_, PyAny>) -> PyResult<Vec<PyBackedStr>> {
     let mut out = Vec::new();
     for (index, text) in texts.try_iter()?.enumerate() {
         let text = text?;
-        let Ok(text) = text.cast_into::<PyString>() else {
-            return Err(PyTypeError::new_err(format!("text {index} is not a str")));
+        let Ok(text) = text.cast::<PyString>() else {
+            return Err(PyTypeError::new_err(format!(
+                "text {index} is of type {}, not str",
+                type_name(&text)
+            )));
         };
-        let py = text.py();
-        let backed = PyBackedStr::try_from(text);
-        out.push(backed.map_err(|error| no_utf8(py, &error, &format!("text {index}")))?);
+        let backed = PyBackedStr::try_from(text.clone());
+        out.push(backed.map_err(|error| no_utf8(text.py(), &error, &format!("text {index}")))?);
     }
     Ok(out)
 }
@@ -222,6 +234,6 @@ fn backed(texts: &Bound<'_, PyAny>) -> PyResult<Vec<PyBackedStr>> {
 fn nanochat_bpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("PATTERN", crate::PATTERN)?;
     module.add_function(wrap_pyfunction!(train, module)?)?;
-    module.add_function(wrap_pyfunction!(split, module)?)?;
+    module.add_class::<PySplitter>()?;
     module.add_class::<Encoder>()
 }
