@@ -8,7 +8,7 @@ while the others go on, and are then copied to where they decode.
 import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from nanochat_core.infer.sampling import Sampler, Sampling, uniforms
 from nanochat_core.infer.tool_use import ToolCalls
 from nanochat_core.model.gpt import GPT
 from nanochat_core.model.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from nanochat_core.tokenizer.bpe import Tokenizer
+from nanochat_core.tokenizer.bpe import Tokenizer
 
 CHUNK_ALONE = 8192  # prompt tokens read in one pass while nobody is waiting for the next token
 CHUNK_SHARED = 512  # and while others are: at d20 on a GB10 a pause of about 20 ms
@@ -88,7 +86,7 @@ class Engine:
     def __init__(
         self,
         model: GPT,
-        tokenizer: "Tokenizer",
+        tokenizer: Tokenizer,
         *,
         max_rows: int = 64,
         tools: bool = True,
@@ -96,6 +94,7 @@ class Engine:
     ) -> None:
         """`context`: the most tokens a row may hold; by default as far as the model's positions reach."""
         self.model = model
+        self._ready = model if model.lm_head.weight.dtype == model.compute_dtype else _shell(model)
         self.tokenizer = tokenizer
         self.max_rows = max_rows
         self.context = context or 10 * model.config.sequence_len
@@ -142,6 +141,8 @@ class Engine:
             raise ValueError("the prompt is empty; it needs at least one token")
         if room < 1:
             raise ValueError(f"the prompt has {len(prompt)} tokens; with its answer it must fit in {self.context}")
+        if self._ready is not self.model and not (self.waiting or self.running):
+            self._refresh()
         request = Request(tuple(prompt), sampling, min(sampling.max_tokens, room))
         if self._tools:
             request.tools = ToolCalls(self.tokenizer)
@@ -189,6 +190,12 @@ class Engine:
 
     # What happens in a step.
 
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Take over the master weights, in the type they are used in: cast once, not at every token."""
+        for ours, master in zip(self._ready.parameters(), self.model.parameters(), strict=True):
+            ours.copy_(master)
+
     def _admit(self) -> None:
         """Take a cohort from the queue; a full engine waits for several free rows, to read their prompts together."""
         while self._queue and self._queue[0].cancelled:
@@ -217,7 +224,7 @@ class Engine:
         first_row = self.max_rows - len(cohort.prompts)
         cache = self._span(first_row, first_row + len(prompts))
         cache.high = start
-        logits = self.model(idx, cache=cache, last=last)[:, 0]
+        logits = self._ready(idx, cache=cache, last=last)[:, 0]
         cohort.read = start + T
         finished = sum(len(p) <= cohort.read for p in prompts)
         if finished:
@@ -250,7 +257,7 @@ class Engine:
         cache = self._span(0, len(rows))
         cache.high = max(len(request.prompt) + len(request.ids) for request in rows) - 1
         idx = torch.tensor([[request.ids[-1]] for request in rows], device=self._device)
-        self._sample(self.model(idx, cache=cache)[:, 0], rows, self._sampler)
+        self._sample(self._ready(idx, cache=cache)[:, 0], rows, self._sampler)
         if any(request.done for request in rows):
             self._keep([not request.done for request in rows])
 
@@ -294,3 +301,11 @@ class Engine:
         view.k, view.v = view.k[:, start:stop], view.v[:, start:stop]
         view.length, view.previous = view.length[start:stop], view.previous[start:stop]
         return view
+
+
+def _shell(model: GPT) -> GPT:
+    """A model of the same shape with room for its weights in the type that it computes in."""
+    with torch.device("meta"):
+        shell = GPT(model.config).to(model.compute_dtype)
+    shell.compute_dtype = model.compute_dtype
+    return shell.to_empty(device=model.lm_head.weight.device).eval().requires_grad_(False)

@@ -6,10 +6,8 @@ import operator
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from nanochat_core.tokenizer.bpe import Tokenizer
+from nanochat_core.tokenizer.bpe import Tokenizer
 
 MAX_CHARS = 256  # of an expression; the longest in GSM8K has 81
 MAX_DEPTH = 64  # nested operations
@@ -90,7 +88,7 @@ def _format(value: Fraction) -> str:
 class ToolCalls:
     """Follows the tokens of one answer and says what has to be written after a finished call."""
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._start = tokenizer.special("<|python_start|>")
         self._end = tokenizer.special("<|python_end|>")

@@ -8,40 +8,20 @@ import torch
 
 from nanochat_core.model.gpt import GPT
 from nanochat_core.model.shape import GPTConfig
+from nanochat_core.tokenizer.bpe import Tokenizer, train
 
 SHAPE = GPTConfig("seed", sequence_len=96, vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
 
 Build = Callable[..., GPT]
 
 
-class Bytes:  # stand-in
-    vocab_size = 265
-    bos = 256
-    names = [
-        "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
-        "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
-    ]
-
-    def special(self, name):
-        return 256 + self.names.index(name)
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode_bytes(self, ids):
-        return b"".join(bytes([i]) if i < 256 else self.names[i - 256].encode() for i in ids)
-
-    def decode(self, ids):
-        return self.decode_bytes(ids).decode(errors="replace")
-
-
 @pytest.fixture(scope="session")
-def tokenizer():
-    return Bytes()
+def tokenizer() -> Tokenizer:
+    return train(["the quick brown fox jumps over the lazy dog, and the dog does not mind"], 290)
 
 
 @pytest.fixture
-def build(tokenizer) -> Build:
+def build(tokenizer: Tokenizer) -> Build:
     """A model with weights that matter everywhere, also where training starts from zero."""
 
     def build(arch: str = "seed", **shape: int) -> GPT:
@@ -60,7 +40,7 @@ def build(tokenizer) -> Build:
 
 
 @pytest.fixture
-def parrot(tokenizer) -> Callable[..., GPT]:
+def parrot(tokenizer: Tokenizer) -> Callable[..., GPT]:
     """A model that has learned nothing but which token comes after which: chains of tokens, said greedily."""
 
     def parrot(*chains: list[int]) -> GPT:

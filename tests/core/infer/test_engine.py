@@ -174,3 +174,16 @@ def test_a_training_model_can_sample_and_go_on_training(build, tokenizer) -> Non
     total, _ = model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]), torch.ones(1, 3))
     total.backward()
     assert model.blocks[0].attn.c_q.weight.grad is not None
+
+
+def test_a_model_that_computes_in_bf16_follows_its_master_weights(build, tokenizer) -> None:
+    model = build("modern", n_embd=64)
+    model.compute_dtype = torch.bfloat16
+    engine = Engine(model, tokenizer, tools=False)
+    for _ in range(2):
+        prompt = [1, 2, 3, 4]
+        (answer,) = engine.complete([prompt], Sampling(max_tokens=1))
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt]))[0, -1]
+            assert answer.ended or logits[answer.ids[0]] > logits.max() - 0.2
+            model.lm_head.weight.neg_()
