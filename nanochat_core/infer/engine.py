@@ -140,7 +140,9 @@ class Engine:
         if not prompt:
             raise ValueError("the prompt is empty; it needs at least one token")
         if room < 1:
-            raise ValueError(f"the prompt has {len(prompt)} tokens; with its answer it must fit in {self.context}")
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens; with its answer it must fit in {self.context}"
+            )
         if self._ready is not self.model and not (self.waiting or self.running):
             self._refresh()
         request = Request(tuple(prompt), sampling, min(sampling.max_tokens, room))
@@ -176,7 +178,9 @@ class Engine:
         old = self._cache
         if old is not None and old.capacity >= tokens:
             return old
-        dtype = torch.float32 if self._device.type == "cpu" else self.model.compute_dtype  # fp32 attention is faster
+        dtype = (
+            torch.float32 if self._device.type == "cpu" else self.model.compute_dtype
+        )  # fp32 attention is faster
         cache = KVCache(
             self.model.config, self.max_rows, -(-tokens // ROUND) * ROUND, device=self._device, dtype=dtype
         )

@@ -29,7 +29,9 @@ def test_tokens_come_as_often_as_softmax_says(temperature: float) -> None:
 def test_top_k_keeps_the_k_best_and_their_proportions() -> None:
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
     found = frequencies(logits, Sampling(temperature=1.0, top_k=2))
-    expected = torch.tensor([0.0, 3.0, -torch.inf, 2.0]).index_fill(0, torch.tensor([0]), -torch.inf).softmax(0)
+    expected = (
+        torch.tensor([0.0, 3.0, -torch.inf, 2.0]).index_fill(0, torch.tensor([0]), -torch.inf).softmax(0)
+    )
     torch.testing.assert_close(found, expected, atol=0.015, rtol=0)
 
 

@@ -1,0 +1,54 @@
+"""From a directory to a model one can talk to: a trained stage's, or an exported one."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from nanochat_core.infer.exported import check_tokenizer, is_exported, load_exported
+from nanochat_core.model.gpt import GPT, load_model, read_config
+from nanochat_core.tokenizer.bpe import Tokenizer, load_tokenizer
+
+HALF_FROM = 50_000_000  # parameters: a smaller model gains nothing from bf16 on a CPU, one token at a time
+
+
+def load_chat(
+    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[GPT, Tokenizer]:
+    """The model, ready to generate, and the tokenizer that it was trained with.
+
+    `dtype` is that of weights and arithmetic; by default bf16 on a GPU, and on a CPU that multiplies it fast if the
+    model is large enough to gain.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory; give a stage's directory or an exported model's")
+    if is_exported(directory):
+        model, tokenizer = load_exported(directory)
+    else:
+        model, tokenizer = load_model(directory), load_tokenizer(_tokenizer_directory(directory))
+        _, fingerprint = read_config(directory)
+        check_tokenizer(directory, fingerprint, tokenizer)
+    device = torch.device(device)
+    if dtype is None:
+        fast = device.type == "cuda" or (model.num_params() >= HALF_FROM and _cpu_multiplies_bf16())
+        dtype = torch.bfloat16 if fast else torch.float32
+    model.compute_dtype = dtype
+    return model.to(device=device, dtype=dtype), tokenizer
+
+
+def _tokenizer_directory(directory: Path) -> Path:
+    """Where the tokenizer lies that a stage has read: its job.json names it, base_dir is two levels up."""
+    path = directory / "job.json"
+    try:
+        source = json.loads(path.read_text())["inputs"]["tokenizer"]
+        return directory.resolve().parents[1] / str(source["stage"]) / str(source["fingerprint"])
+    except FileNotFoundError:
+        raise ValueError(f"{directory} holds neither an exported model nor a trained stage's") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} does not name the tokenizer that the stage has read") from None
+
+
+def _cpu_multiplies_bf16() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
