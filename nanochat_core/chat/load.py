@@ -17,8 +17,8 @@ def load_chat(
 ) -> tuple[GPT, Tokenizer]:
     """The model, ready to generate, and the tokenizer that it was trained with.
 
-    `dtype` is that of weights and arithmetic; by default bf16 on a GPU, and on a CPU that multiplies it fast if the
-    model is large enough to gain.
+    `dtype` is that of weights and arithmetic; by default bf16 on a GPU, and on a CPU that multiplies it
+    fast if the model is large enough to gain.
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give a stage's directory or an exported model's")

@@ -1,8 +1,8 @@
 """Many answers at once: one KV cache, rows that join and leave a running batch, tools called in the middle.
 
-Rows 0..n-1 of the cache decode together; when one is done the last takes its place, so that the batch is always one
-contiguous slice. Newcomers are read (prefilled) at the far end of the cache, each different prompt once and in chunks
-while the others go on, and are then copied to where they decode.
+Rows 0..n-1 of the cache decode together; when one is done the last takes its place, so that the batch is
+always one contiguous slice. Newcomers are read (prefilled) at the far end of the cache, each different prompt
+once and in chunks while the others go on, and are then copied to where they decode.
 """
 
 import copy
@@ -68,7 +68,7 @@ class Request:
 
 
 class _Cohort:
-    """Newcomers whose prompts are being read: the different prompts, longest first, and who waits for each."""
+    """Newcomers whose prompts are being read: the different prompts, longest first, who waits for each."""
 
     def __init__(self, requests: list[Request]) -> None:
         self.waiting: dict[tuple[int, ...], list[Request]] = {}
@@ -81,7 +81,7 @@ class _Cohort:
 
 
 class Engine:
-    """Answers prompts with one model. Not thread-safe: one thread calls `step`, directly or through the others."""
+    """Answers prompts with one model. Not thread-safe: one thread calls `step`, itself or through others."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Engine:
     def complete(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]
     ) -> list[Completion]:
-        """Answer every prompt. One Sampling for all means one seed for all: equal prompts get equal answers."""
+        """Answer every prompt. One Sampling for all is one seed for all: equal prompts get equal answers."""
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
         requests = [self.submit(prompt, s) for prompt, s in zip(prompts, each, strict=True)]
         while not all(request.done for request in requests):
@@ -161,7 +161,7 @@ class Engine:
         """Rows in use, those whose prompt is being read included."""
         return len(self._rows) + (self._cohort.size if self._cohort else 0)
 
-    @torch.no_grad()  # not inference_mode: RL trains the same model, whose rotary table must stay an ordinary tensor
+    @torch.no_grad()  # not inference_mode: RL trains the same model, its rotary table must stay ordinary
     def step(self) -> None:
         """Read a chunk of the newcomers' prompts, then give every running row its next token."""
         if any(request.cancelled for request in self._rows):
@@ -201,7 +201,7 @@ class Engine:
             ours.copy_(master)
 
     def _admit(self) -> None:
-        """Take a cohort from the queue; a full engine waits for several free rows, to read their prompts together."""
+        """Take a cohort from the queue; a full engine waits for several free rows, to read them together."""
         while self._queue and self._queue[0].cancelled:
             self._queue.popleft()
         free = self.max_rows - len(self._rows)
@@ -216,7 +216,7 @@ class Engine:
         self._span(self.max_rows - len(cohort.prompts), self.max_rows).length.zero_()
 
     def _prefill(self, cohort: _Cohort) -> None:
-        """Read the next chunk of every prompt that is not finished: the first ones, as the longest come first."""
+        """Read the next chunk of the prompts that are not finished: the first ones, the longest come first."""
         start = cohort.read
         prompts = [prompt for prompt in cohort.prompts if len(prompt) > start]
         budget = CHUNK_SHARED if self._rows else CHUNK_ALONE

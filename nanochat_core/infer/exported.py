@@ -1,6 +1,6 @@
 """A model as one directory that others can read: weights, shape, tokenizer, generation settings, model card.
 
-`seed` has the layout of transformers' NanoChatForCausalLM; `modern`, which transformers does not know, keeps our own.
+`seed` has the layout of transformers' NanoChatForCausalLM; `modern`, which it does not know, keeps ours.
 """
 
 import json
@@ -19,7 +19,7 @@ from nanochat_core.tokenizer.bpe import FILE, Tokenizer, load_tokenizer
 
 OURS = "nanochat"  # the key of config.json under which our own description stands beside transformers' one
 
-# What render_conversation does, in Jinja: a system message goes into the first user turn, tool calls into markers.
+# What render_conversation does, in Jinja: a system message goes into the first user turn, calls into markers.
 CHAT_TEMPLATE = """\
 {%- set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' -%}
 {%- set turns = messages[1:] if system else messages -%}
@@ -56,7 +56,7 @@ def export(
     results: Mapping[str, Mapping[str, Any]],
     name: str,
 ) -> int:
-    """Write the export to `target`, give back its parameter count. `results`: for the card, metrics by stage."""
+    """Write the export to `target`; its parameter count. `results`: for the card, metrics by stage."""
     from safetensors.torch import save
 
     config, fingerprint = read_config(model_directory)
@@ -198,7 +198,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
 messages = [{"role": "user", "content": "What is the capital of France?"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
 print(tokenizer.decode(model.generate(**inputs)[0]))
 ```
 
@@ -213,11 +215,12 @@ Calls of the calculator are answered by nanochat's own programs only: `nanochat 
 ---
 # {name}
 
-A small language model trained end to end by nanochat: {params:,} parameters, architecture `{config.arch}`, \
-{config.n_layer} layers of width {config.n_embd}, {config.vocab_size:,} tokens, context {config.sequence_len:,}.
+A small language model trained end to end by nanochat: {params:,} parameters, architecture \
+`{config.arch}`, {config.n_layer} layers of width {config.n_embd}, {config.vocab_size:,} tokens, \
+context {config.sequence_len:,}.
 
-It is a model for learning and experiments: it makes mistakes, states falsehoods with confidence, and nobody has \
-tested it for safety.
+It is a model for learning and experiments: it makes mistakes, states falsehoods with confidence, and \
+nobody has tested it for safety.
 
 ## Use
 

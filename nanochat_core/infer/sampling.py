@@ -1,4 +1,4 @@
-"""From logits to tokens, for many rows at once, each with its own temperature, cut-offs and random numbers."""
+"""From logits to tokens, for many rows at once, each with its own temperature, limits and random numbers."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class Sampling(NamedTuple):
 
 
 def uniforms(seed: int, count: int) -> Tensor:
-    """The random numbers of one answer, one for each of its tokens; the first ones do not depend on `count`."""
+    """The random numbers of one answer, one for each token; the first ones do not depend on `count`."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     return torch.rand(count, generator=generator, dtype=torch.float64)
 

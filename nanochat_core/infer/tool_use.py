@@ -1,4 +1,4 @@
-"""The calculator that a model may call in the middle of its answer, and the little machine that notices a call."""
+"""The calculator that a model may call in the middle of its answer, and what notices such a call."""
 
 import ast
 import decimal
@@ -33,7 +33,7 @@ BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def calculate(expression: str) -> str | None:
-    """Value of `12*3`, `1,200/7` or `'strawberry'.count('r')`, as the training data writes it; None if refused.
+    """Value of `12*3`, `1,200/7` or `'strawberry'.count('r')`, as training data writes it; None if refused.
 
     Arithmetic is exact, so .1+.2 is 0.3 and .2*50 is 10. Nothing is evaluated by Python: only the forms named
     here have a meaning, and their size is bounded. No signals, no threads: it may be called from anywhere.

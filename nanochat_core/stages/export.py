@@ -1,4 +1,4 @@
-"""The finished model as a directory that leaves this machine: weights, tokenizer, settings and a model card."""
+"""The finished model as a directory that leaves this machine: weights, tokenizer, settings, model card."""
 
 from typing import Literal
 

@@ -1,5 +1,6 @@
 """A base_dir with a real tokenizer and a tiny model in it, as the stages leave them."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,7 +59,7 @@ def parrot(tokenizer: Tokenizer) -> Callable[..., GPT]:
         config = replace(SHAPE, vocab_size=tokenizer.vocab_size)
         model = GPT(config).init_weights(1).eval().requires_grad_(False)  # blocks that add nothing
         for chain in chains:
-            for token, following in zip(chain, chain[1:], strict=False):
+            for token, following in itertools.pairwise(chain):
                 model.lm_head.weight[following] += model.wte.weight[token]
         return model
 

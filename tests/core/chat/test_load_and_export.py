@@ -1,4 +1,4 @@
-"""Models that leave their stage: loaded for a chat, exported, and read by transformers with the same logits."""
+"""Models that leave their stage: loaded for a chat, exported, and read by transformers, same logits."""
 
 import json
 import warnings

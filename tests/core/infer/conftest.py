@@ -1,5 +1,6 @@
 """Tiny real models for the engine's tests."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -47,7 +48,7 @@ def parrot(tokenizer: Tokenizer) -> Callable[..., GPT]:
         config = replace(SHAPE, vocab_size=tokenizer.vocab_size, n_embd=256)
         model = GPT(config).init_weights(1).eval().requires_grad_(False)  # blocks that add nothing
         for chain in chains:
-            for token, following in zip(chain, chain[1:], strict=False):
+            for token, following in itertools.pairwise(chain):
                 model.lm_head.weight[following] += model.wte.weight[token]
         return model
 

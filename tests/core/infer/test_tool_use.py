@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_core.infer.tool_use import MAX_CHARS, LEXEMES, calculate
+from nanochat_core.infer.tool_use import LEXEMES, MAX_CHARS, calculate
 
 
 @pytest.mark.parametrize(
