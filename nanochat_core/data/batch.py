@@ -3,12 +3,14 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """One rank's part of one optimizer step. R rows, T tokens."""
 
     inputs: Tensor  # (R, T) token ids
@@ -16,7 +18,7 @@ class Batch(NamedTuple):
     weights: Tensor  # (R, T) how much each counts, before the division by `count` of all ranks
     count: float  # this rank's share of the divisor: its active tokens
     cursor: Callable[[], dict[str, Any]]  # the place in the data after this batch, as JSON
-    notes: dict[str, float] = {}  # noqa: RUF012  what to record beside the loss
+    notes: dict[str, float] = field(default_factory=dict)  # what to record beside the loss
 
 
 def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:

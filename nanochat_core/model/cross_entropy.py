@@ -67,5 +67,5 @@ def softcapped_nll(
 ) -> tuple[Tensor, Tensor]:
     """(N, C) hidden, (V, C) head, (N,) targets and weights -> sum of weights x nll, and nll (N,) in nats, detached."""
     with_grad = torch.is_grad_enabled() and (x.requires_grad or head.requires_grad)
-    total, nll = _SoftcappedNLL.apply(x, head, targets, weights, cap, with_grad)  # type: ignore[no-untyped-call]
+    total, nll = _SoftcappedNLL.apply(x, head, targets, weights, cap, with_grad)
     return total, nll

@@ -1,0 +1,38 @@
+"""Bits per byte: how well a model predicts text, in a unit that does not depend on its tokenizer."""
+
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nanochat_core.data.batch import Batch
+
+
+class Losses(Protocol):
+    """A model's loss: (weighted sum, each token's nats)."""
+
+    def __call__(self, idx: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Sums(Protocol):
+    """Adds numbers up over all ranks."""
+
+    def __call__(self, *values: float) -> list[float]: ...
+
+
+@torch.no_grad()
+def bits_per_byte(
+    loss: Losses, batches: Iterable[Batch], token_bytes: Tensor, *, device: torch.device, total: Sums
+) -> float:
+    """Nats of the targets over ln 2 and their bytes. Special tokens stand for no bytes and count for nothing."""
+    nats, count = 0.0, 0.0
+    for batch in batches:
+        targets = batch.targets.to(device)
+        _, nll = loss(batch.inputs.to(device), targets, torch.zeros(targets.shape, device=device))
+        sizes = token_bytes[targets.clamp_min(0)] * (targets >= 0)
+        nats += float((nll * (sizes > 0)).double().sum())
+        count += float(sizes.sum())
+    nats, count = total(nats, count)
+    return nats / (math.log(2) * count) if count else math.inf

@@ -1,0 +1,69 @@
+"""Which optimizer each parameter gets, and its rates: nanochat's settings, as data.
+
+Rates marked "by width" shrink with (width/768)^-0.5, and all but the smear's grow with the square root of the batch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from nanochat_core.model.gpt import GPT
+from nanochat_core.optim.schedule import Rates
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share an update rule. Muon's are all of one shape."""
+
+    kind: Literal["adamw", "muon", "classic_muon"]
+    names: tuple[str, ...]
+    params: tuple[nn.Parameter, ...] = field(repr=False)
+    lr: float
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.8, 0.95)
+    eps: float = 1e-10
+
+
+def parameter_groups(model: GPT, rates: Rates) -> list[Group]:
+    """Every parameter of the model in exactly one group."""
+    named = dict(model.named_parameters())
+    by_width = (model.config.n_embd / 768) ** -0.5 * rates.scale
+    s = rates.scale
+    taken: set[str] = set()
+
+    def adamw(
+        prefix: str, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.8, 0.95)
+    ) -> Group:
+        names = tuple(n for n in named if n.startswith(prefix) and n not in taken)
+        taken.update(names)
+        return Group("adamw", names, tuple(named[n] for n in names), lr, weight_decay, betas)
+
+    if model.modern:
+        groups = [
+            adamw("lm_head", rates.unembedding * by_width, 0.01, (0.8, 0.96)),
+            adamw("wte", rates.embedding * by_width, 0.001, (0.8, 0.995)),
+            adamw("value_embeds", rates.value_embedding * by_width, 0.01, (0.8, 0.995)),
+            adamw("resid_lambdas", 0.005 * s, 0.05),
+            adamw("x0_lambdas", 0.5 * s, 0.0, (0.96, 0.95)),  # beta1 above .98 is a cliff
+            adamw("smear", 0.2 * min(1.0, s)),
+            adamw("backout", 0.2 * min(1.0, s)),
+        ]
+    else:
+        groups = [
+            adamw("lm_head", rates.unembedding * by_width),
+            adamw("wte", rates.embedding * by_width),
+        ]
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name, p in named.items():
+        if name not in taken:
+            shapes.setdefault(tuple(p.shape), []).append(name)
+    for names in shapes.values():
+        params = tuple(named[n] for n in names)
+        if model.modern:
+            groups.append(
+                Group("muon", tuple(names), params, rates.matrix * s, rates.weight_decay, betas=(0.0, 0.9))
+            )
+        else:
+            groups.append(Group("classic_muon", tuple(names), params, rates.matrix * s))
+    return [group for group in groups if group.params]

@@ -1,0 +1,40 @@
+"""How well the base model predicts text: bits per byte on the beginning of the train shards and on the validation shard."""
+
+from pydantic import Field
+
+from nanochat_core.stage import Job, Metrics, Recipe
+
+
+class Config(Recipe):
+    split_tokens: int = Field(20 * 2**19, ge=1)  # of each split
+
+
+def run(cfg: Config, job: Job) -> Metrics:
+    from itertools import islice
+
+    from nanochat_core.data.documents import shard_list
+    from nanochat_core.data.packed import packed
+    from nanochat_core.eval.bpb import bits_per_byte
+    from nanochat_core.tokenizer.bpe import load_tokenizer
+    from nanochat_core.train.ranks import ranks
+    from nanochat_core.train.setup import byte_counts, trained_model
+
+    with ranks(job.runtime) as world:
+        tokenizer = load_tokenizer(job.inputs["tokenizer"])
+        model = trained_model(job.inputs["model"], tokenizer).to(world.device)
+        model.compute_dtype = world.dtype
+        shards = shard_list(job.inputs["text"])
+        T = model.config.sequence_len
+        rows = job.runtime.device_batch.get(job.stage, 8)
+        metrics: Metrics = {}
+        for i, (split, files) in enumerate([("train", shards.train), ("val", shards.validation)]):
+            batches = packed(files, tokenizer, rows=rows, T=T, cursor={}, epochs=1)
+            metrics[f"{split}_bpb"] = bits_per_byte(
+                model.loss,
+                islice(batches, max(1, cfg.split_tokens // (rows * T))),
+                byte_counts(tokenizer, world.device),
+                device=world.device,
+                total=world.sum,
+            )
+            job.record(step=i + 1, steps=2)
+        return metrics

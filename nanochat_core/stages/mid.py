@@ -1,0 +1,25 @@
+"""Midtraining: the base model learns the form of conversations, tool calls and many short facts."""
+
+from nanochat_core.stage import Job, Metrics
+from nanochat_core.train.config import ChatTraining
+
+
+class Config(ChatTraining):
+    # nanochat's mixture of 850 thousand rows, one epoch.
+    mixture: dict[str, int] = {  # noqa: RUF012
+        "smoltalk": 460_000,
+        "mmlu": 100_000,  # the auxiliary train set: how to answer with a letter
+        "gsm8k": 8_000,
+        "identity": 2_000,
+        "spelling": 200_000,
+        "spellingbee": 80_000,
+    }
+    warmup_steps: int = 0
+    warmdown: float = 0.2
+    final_lr: float = 0.0
+
+
+def run(cfg: Config, job: Job) -> Metrics:
+    from nanochat_core.train.chat import train_on_conversations
+
+    return train_on_conversations(cfg, job)

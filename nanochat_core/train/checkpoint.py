@@ -1,0 +1,201 @@
+"""Checkpoints of an unfinished stage: whole, hashed, newest first, a damaged one passed over for the one before.
+
+`checkpoints/step_00001200/` holds model.safetensors, one rank_<r>.safetensors and rank_<r>.json (optimizer part and place in
+the data) per rank, and manifest.json, written last, with everything's size and hash. The folder gets its name by rename once
+it is complete. Weights are copied when `save` is called and written by a thread while training goes on.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanochat_core import store
+from nanochat_core.model.gpt import GPT
+from nanochat_core.optim.optimizer import Optimizer
+from nanochat_core.train.ranks import World
+
+RANK_FILES_SECONDS = 600.0  # how long the first rank waits for the others' files
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes. There is no random state: every random number comes from a seed and a step."""
+
+    model: GPT
+    optimizer: Optimizer
+    cursor: dict[str, Any]  # this rank's place in the data
+    step: int = 0
+    drawn: int = 0  # batches taken from the data: steps, and those that were passed over
+    skip: list[int] = field(
+        default_factory=list
+    )  # batches to pass over, by their number, for their loss was not finite
+
+
+class Saver:
+    """Writes checkpoints of one stage and finds the newest good one."""
+
+    def __init__(self, directory: Path, world: World, keep: int) -> None:
+        self.directory = directory / "checkpoints"
+        self.world, self.keep = world, keep
+        self._writing: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state now and write it in the background; the one before is waited for."""
+        self.wait()
+        name = f"step_{state.step:08d}"
+        if (self.directory / name).exists():
+            return
+        # Clones: the thread must not see what the next step makes of them.
+        model = (
+            {k: v.detach().cpu().clone() for k, v in state.model.state_dict().items()}
+            if self.world.is_first
+            else {}
+        )
+        optimizer = {k: v.detach().cpu().clone() for k, v in state.optimizer.state_dict().items()}
+        record = {
+            "step": state.step,
+            "drawn": state.drawn,
+            "skip": list(state.skip),
+            "optimizer_steps": state.optimizer.step_count,
+            "cursor": state.cursor,
+            "ranks": self.world.size,
+        }
+
+        def write() -> None:
+            try:
+                self._write(name, model, optimizer, record)
+            except BaseException as error:  # handed to the training thread by wait()
+                self._failure = error
+
+        self._writing = threading.Thread(target=write, name="checkpoint")
+        self._writing.start()
+
+    def wait(self) -> None:
+        """Until the checkpoint being written is on disk; its error, if it failed, is raised here."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _write(
+        self, name: str, model: dict[str, Tensor], optimizer: dict[str, Tensor], record: dict[str, Any]
+    ) -> None:
+        part = self.directory / f"{name}.part"
+        rank, first = self.world.rank, self.world.is_first
+        part.mkdir(parents=True, exist_ok=True)
+        try:
+            if first:
+                write_tensors(part / "model.safetensors", model)
+            write_tensors(part / f"rank_{rank}.safetensors", optimizer)
+            store.write_json(part / f"rank_{rank}.json", record)
+            if not first:
+                return
+            files = ["model.safetensors"]
+            files += [f"rank_{r}.{kind}" for r in range(self.world.size) for kind in ("safetensors", "json")]
+            self._await_ranks(part)
+            store.write_json(
+                part / "manifest.json",
+                {"format": store.FORMAT, "files": {f: store.entry(part / f) for f in files}},
+            )
+            part.replace(self.directory / name)
+            store.sync_directory(self.directory)
+        except OSError:
+            if first:  # a full disk must not stay full of what cannot be finished
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+        for old in self.found()[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _await_ranks(self, part: Path) -> None:
+        deadline = time.monotonic() + RANK_FILES_SECONDS
+        for r in range(self.world.size):
+            while not (part / f"rank_{r}.json").exists():
+                if time.monotonic() > deadline:
+                    raise ValueError(f"rank {r} did not write its part of {part.name}")
+                time.sleep(0.05)
+
+    def found(self) -> list[Path]:
+        """Complete checkpoints, newest first."""
+        return sorted(self.directory.glob("step_????????"), reverse=True)
+
+    def resume(self, state: TrainState) -> bool:
+        """Bring the state to the newest checkpoint that is as it was written; False if there is none."""
+        if self.world.is_first and self.directory.exists():
+            for part in self.directory.glob("*.part"):
+                shutil.rmtree(part, ignore_errors=True)
+        self.world.barrier()
+        for folder in self.found():
+            reason = damage(folder)
+            if reason is not None:
+                print(
+                    f"checkpoint {folder.name} is damaged ({reason}); going back to the one before",
+                    flush=True,
+                )
+                continue
+            self._load(folder, state)
+            return True
+        return False
+
+    def _load(self, folder: Path, state: TrainState) -> None:
+        rank = self.world.rank
+        if not (folder / f"rank_{rank}.json").exists() or (folder / f"rank_{self.world.size}.json").exists():
+            saved = len(list(folder.glob("rank_*.json")))
+            raise ValueError(
+                f"{folder} was saved by {saved} processes and this run has {self.world.size}; "
+                f"set runtime.nproc={saved} to go on from it"
+            )
+        record = json.loads((folder / f"rank_{rank}.json").read_text())
+        try:
+            weights = load_file(folder / "model.safetensors")
+            with torch.no_grad():
+                for name, tensor in state.model.state_dict().items():
+                    tensor.copy_(weights[name])
+        except (KeyError, RuntimeError):
+            raise ValueError(f"{folder} holds a model of another shape than this stage's recipe") from None
+        state.optimizer.load_state_dict(
+            load_file(folder / f"rank_{rank}.safetensors"), record["optimizer_steps"]
+        )
+        state.step, state.drawn, state.cursor = record["step"], record["drawn"], record["cursor"]
+        state.skip = sorted(set(record["skip"]) | set(state.skip))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return "its manifest cannot be read"
+    for name, want in files.items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != want["size"]:
+            return f"{name} is not whole"
+        if store.sha256(path) != want["sha256"]:
+            return f"{name} has changed"
+    return None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, on the disk and not only in its cache when this returns."""
+    save_file(tensors, path)
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+def save_model(directory: Path, model: GPT) -> None:
+    """The weights of a finished stage, whole or not at all."""
+    path = directory / "model.safetensors"
+    part = path.with_name(path.name + ".part")
+    write_tensors(part, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
+    part.replace(path)

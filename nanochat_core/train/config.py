@@ -1,0 +1,80 @@
+"""What all training stages are told: rates, schedule, batch and validation. Numbers only; nothing here loads torch."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from nanochat_core.model.flops import flops_per_token
+from nanochat_core.model.shape import GPTConfig
+from nanochat_core.optim.schedule import Rates, Schedule
+from nanochat_core.stage import Recipe
+
+REFERENCE_BATCH = 2**19  # tokens; the rates are nanochat's for this batch
+
+
+class Training(Recipe):
+    """Rates are nanochat's of July 2026 for a batch of 2^19 tokens; `scale_rates` adapts them to another."""
+
+    seed: int = 42
+    matrix_lr: float = Field(0.02, ge=0)
+    embedding_lr: float = Field(0.3, ge=0)
+    value_embedding_lr: float = Field(0.15, ge=0)
+    unembedding_lr: float = Field(0.008, ge=0)
+    weight_decay: float = Field(0.28, ge=0)  # of the matrices; falls to 0 by a cosine
+    scale_rates: bool = True  # learning rates by sqrt(batch / 2^19)
+    lr_fraction: float = Field(
+        1.0, ge=0
+    )  # of all rates: how far a later stage may move what an earlier one learned
+    warmup_steps: int = Field(40, ge=0)
+    warmdown: float = Field(0.65, ge=0, le=1)  # the last part of the run, in which rates fall
+    final_lr: float = Field(0.05, ge=0, le=1)  # to this fraction
+    momentum: tuple[float, float, float] = (0.85, 0.97, 0.90)  # Muon's: at first, warmed up, at the end
+    momentum_warmup: int = Field(400, ge=0)
+    grad_clip: float | None = Field(None, gt=0)  # upstream found no use for it once Muon was in
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.warmup_steps, self.warmdown, self.final_lr, self.momentum, self.momentum_warmup)
+
+    def rates(self, batch_tokens: int, decay_scale: float = 1.0) -> Rates:
+        by_batch = math.sqrt(batch_tokens / REFERENCE_BATCH) if self.scale_rates else 1.0
+        return Rates(
+            self.matrix_lr,
+            self.embedding_lr,
+            self.value_embedding_lr,
+            self.unembedding_lr,
+            self.weight_decay * decay_scale,
+            by_batch * self.lr_fraction,
+        )
+
+
+class ChatTraining(Training):
+    """Midtraining and SFT: conversations of a mixture of tasks, packed whole into rows."""
+
+    mixture: dict[str, int]  # task -> rows of it; more than it has gives them again
+    loss_on: Literal["assistant", "all"] = "assistant"
+    total_batch: int = Field(2**19, ge=1)  # tokens a step
+    steps: int | None = Field(None, ge=1)  # None: about one epoch of the mixture
+    eval_every: int = Field(150, ge=0)
+    eval_rows: int = Field(1000, ge=1)  # conversations of the mixture's test split to validate on
+
+    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
+        shape: GPTConfig = configs["pretrain"].shape(configs["tokenizer"].vocab_size)
+        divides(self.total_batch, shape.sequence_len, "total_batch")
+        if self.steps is None:
+            return {}
+        tokens = self.steps * self.total_batch
+        return {"steps": self.steps, "tokens": tokens, "flops": tokens * flops_per_token(shape)}
+
+
+def divides(total_batch: int, sequence_len: int, name: str, ranks: int = 1) -> int:
+    """Rows of each rank's batch, or an error that says which batch would fit."""
+    unit = sequence_len * ranks
+    if total_batch % unit:
+        nearest = max(1, round(total_batch / unit)) * unit
+        raise ValueError(
+            f"a total batch of {total_batch:,} tokens is not a multiple of {ranks} x {sequence_len}; "
+            f"set {name} to {nearest}"
+        )
+    return total_batch // unit

@@ -1,0 +1,270 @@
+"""The one training loop: pretraining, midtraining, SFT and RL differ only in the batches they pass in."""
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+
+from nanochat_core import store
+from nanochat_core.data.batch import Batch
+from nanochat_core.optim.schedule import Schedule
+from nanochat_core.stage import Interrupted, Job, Metrics
+from nanochat_core.train.checkpoint import Saver, TrainState
+from nanochat_core.train.ranks import World
+
+Batches = Callable[[TrainState], Iterator[Batch]]
+"""Makes the stream of batches that follows a state's cursor; asked again after a fault sent the run back."""
+
+PEAK_FLOPS = {  # dense bf16, nominal
+    "GB10": 125e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "B200": 2250e12,
+}
+
+
+class Hook(NamedTuple):
+    """Something to do every so many steps, and at the first and last; what it returns is recorded."""
+
+    every: int
+    action: Callable[[TrainState], Metrics]
+
+    def due(self, step: int, steps: int) -> bool:
+        return step in (0, steps) or (self.every > 0 and step % self.every == 0)
+
+
+class Fault(Exception):
+    """A loss or gradient that is not finite."""
+
+
+def fit(
+    job: Job,
+    world: World,
+    state: TrainState,
+    batches: Batches,
+    *,
+    steps: int,
+    schedule: Schedule,
+    grad_clip: float | None = None,
+    hooks: Iterable[Hook] = (),
+    flops_per_token: float = 0.0,
+    compile: bool = False,
+) -> None:
+    """Train from where the state stands, or its newest checkpoint, to `steps`.
+
+    Weights of a batch are divided by the count of all ranks, so neither the number of ranks nor the device batch changes what
+    is computed. A checkpoint is made before hooks run, on the clock, on a step count and when the process is told to stop.
+    """
+    hooks = tuple(hooks)
+    saver = Saver(job.path, world, job.runtime.keep_checkpoints)
+    resumed = saver.resume(state)
+    if world.is_first:
+        rewind_metrics(job.path / "metrics.jsonl", state.step, keep=resumed)
+        if resumed:
+            print(f"going on from the checkpoint at step {state.step} of {steps}", flush=True)
+    runner = _Runner(job, world, state, compile)
+    with stop_signals() as stopping:
+        while True:
+            try:
+                _run(
+                    job,
+                    world,
+                    state,
+                    batches,
+                    steps,
+                    schedule,
+                    grad_clip,
+                    hooks,
+                    flops_per_token,
+                    saver,
+                    runner,
+                    stopping,
+                )
+                return
+            except Fault as fault:
+                if state.drawn in state.skip or state.skip[-1:] == [state.drawn - 1]:
+                    raise ValueError(
+                        f"{fault}, twice in the same place; look at the data there, or lower the rates"
+                    ) from None
+                skip = sorted({*state.skip, state.drawn})
+                print(f"{fault}; going back to the last checkpoint and passing over that batch", flush=True)
+                saver.wait()
+                state.skip = skip
+                saver.resume(state)  # there is one: the first was made at step 0
+                if world.is_first:
+                    rewind_metrics(job.path / "metrics.jsonl", state.step, keep=True)
+
+
+def _run(
+    job: Job,
+    world: World,
+    state: TrainState,
+    batches: Batches,
+    steps: int,
+    schedule: Schedule,
+    grad_clip: float | None,
+    hooks: tuple[Hook, ...],
+    flops_per_token: float,
+    saver: Saver,
+    runner: "_Runner",
+    stopping: Callable[[], bool],
+) -> None:
+    stream = batches(state)
+    saved = time.monotonic()
+    peak = peak_flops(world)
+    place: Callable[[], dict[str, object]] = lambda: state.cursor  # noqa: E731
+    try:
+        while True:
+            if (
+                (job.runtime.save_steps and state.step % job.runtime.save_steps == 0)
+                or state.step in (0, steps)
+                or any(hook.due(state.step, steps) for hook in hooks)
+                or world.any(time.monotonic() - saved > 60 * job.runtime.save_minutes)
+            ):
+                state.cursor = place()
+                saver.save(state)
+                saved = time.monotonic()
+            for hook in hooks:
+                if hook.due(state.step, steps):
+                    found = hook.action(state)
+                    if world.is_first and found:
+                        job.record(
+                            step=state.step, steps=steps, **{k: v for k, v in found.items() if v is not None}
+                        )
+            if state.step >= steps:
+                saver.wait()
+                return
+            if world.any(stopping()):
+                state.cursor = place()
+                saver.save(state)
+                saver.wait()
+                print(f"told to stop; saved a checkpoint at step {state.step} of {steps}", flush=True)
+                raise Interrupted
+            began = time.monotonic()
+            batch = next(stream)
+            while state.drawn in state.skip:
+                state.drawn += 1
+                batch = next(stream)
+            count, tokens = world.sum(batch.count, batch.inputs.numel())
+            state.optimizer.zero_grad()
+            loss = world.sum(runner.backward(batch, count))[0]
+            grad_norm = state.optimizer.reduce()
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise Fault(
+                    f"batch {state.drawn} at step {state.step} gave a loss of {loss} and a gradient of {grad_norm}"
+                )
+            lr = schedule.lr(state.step, steps)
+            state.optimizer.update(
+                lr=lr,
+                momentum=schedule.muon_momentum(state.step, steps),
+                weight_decay=schedule.weight_decay(state.step, steps),
+                grad_scale=min(1.0, grad_clip / (grad_norm + 1e-6)) if grad_clip else 1.0,
+            )
+            state.step += 1
+            state.drawn += 1
+            place = batch.cursor
+            if world.is_first:
+                seconds = time.monotonic() - began
+                rate = flops_per_token * tokens / seconds
+                row: dict[str, float] = {"loss": loss, "lr": lr, "grad_norm": round(grad_norm, 6)}
+                row |= {"tokens_per_s": round(tokens / seconds, 1), "tflops": round(rate / 1e12, 5)}
+                if peak:
+                    row["mfu"] = round(rate / (peak * world.size), 4)
+                    row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+                job.record(step=state.step, steps=steps, **row, **batch.notes)
+    finally:
+        stream.close() if hasattr(stream, "close") else None
+
+
+class _Runner:
+    """Forward and backward of a batch in as many pieces as the device has room for."""
+
+    def __init__(self, job: Job, world: World, state: TrainState, compile: bool) -> None:
+        self.world = world
+        self.rows = job.runtime.device_batch.get(
+            job.stage, 0
+        )  # 0: the whole batch, halved while it does not fit
+        self.loss = torch.compile(state.model.loss, dynamic=False) if compile else state.model.loss
+        self.optimizer = state.optimizer
+
+    def backward(self, batch: Batch, count: float) -> float:
+        """Gradients of the batch's loss over `count`; gives this rank's share of the loss."""
+        while True:
+            try:
+                return self._backward(batch, count)
+            except torch.cuda.OutOfMemoryError:
+                rows = self.rows or batch.inputs.size(0)
+                if rows == 1:
+                    raise ValueError(
+                        "one row of a batch does not fit in the device's memory; use a smaller model"
+                    ) from None
+                self.rows = -(-rows // 2)
+                print(f"out of memory; going on with {self.rows} rows at a time", flush=True)
+                torch.cuda.empty_cache()
+                self.optimizer.zero_grad()
+
+    def _backward(self, batch: Batch, count: float) -> float:
+        device = self.world.device
+        rows = self.rows or batch.inputs.size(0)
+        losses = []
+        for start in range(0, batch.inputs.size(0), rows):
+            s = slice(start, start + rows)
+            inputs, targets = (
+                batch.inputs[s].to(device, non_blocking=True),
+                batch.targets[s].to(device, non_blocking=True),
+            )
+            total, _ = self.loss(inputs, targets, batch.weights[s].to(device, non_blocking=True) / count)
+            torch.autograd.backward(total)
+            losses.append(total.detach())
+        return float(torch.stack(losses).double().sum())
+
+
+def rewind_metrics(path: Path, step: int, *, keep: bool) -> None:
+    """Drop what was recorded after a checkpoint: it will be recorded again, and the same."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if keep else []:
+        with contextlib.suppress(ValueError, KeyError):
+            row = json.loads(line)
+            if row["step"] < step or (row["step"] == step and "loss" in row):
+                kept.append(line)
+    store.write_whole(path, "".join(kept))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGINT has come: asked between steps, so that a step is never cut in half."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped.is_set
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_flops(world: World) -> float | None:
+    """The device's nominal bf16 peak, where the table knows it."""
+    if world.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(world.device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)

@@ -1,0 +1,66 @@
+"""What every training stage builds around the loop: state, validation, and what it leaves behind."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nanochat_core.model.gpt import GPT, load_model, read_config, write_config
+from nanochat_core.optim.groups import parameter_groups
+from nanochat_core.optim.optimizer import Optimizer
+from nanochat_core.optim.schedule import Rates
+from nanochat_core.stage import Job
+from nanochat_core.tokenizer.bpe import Tokenizer, load_tokenizer
+from nanochat_core.train.checkpoint import TrainState, save_model
+from nanochat_core.train.ranks import World
+
+
+class Summing(Protocol):
+    def __call__(self, *values: float) -> list[float]: ...
+
+
+def new_state(model: GPT, rates: Rates, world: World) -> TrainState:
+    """A model on its device with a fresh optimizer, at the beginning of its data."""
+    model = model.to(world.device).train().requires_grad_(True)
+    model.compute_dtype = world.dtype
+    groups = parameter_groups(model, rates)
+    optimizer = Optimizer(groups, rank=world.rank, size=world.size, dtype=world.dtype)
+    return TrainState(model, optimizer, cursor={})
+
+
+def trained_model(directory: Path, tokenizer: Tokenizer) -> GPT:
+    """The model another stage has left, if it speaks the same tokens."""
+    check_tokenizer(directory, tokenizer)
+    return load_model(directory)
+
+
+def check_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a model that was trained with another tokenizer: its answers would be noise."""
+    config, known = read_config(directory)
+    if known != tokenizer.fingerprint or config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"the model in {directory} was trained with another tokenizer "
+            f"({known[:12]}, {config.vocab_size} tokens) than this one "
+            f"({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} tokens)"
+        )
+
+
+def byte_counts(tokenizer: Tokenizer, device: torch.device) -> torch.Tensor:
+    return torch.tensor(tokenizer.token_bytes(), device=device)
+
+
+def leave(job: Job, world: World, state: TrainState, tokenizer: Tokenizer) -> None:
+    """Write the finished model and what is needed to read it."""
+    if world.is_first:
+        write_config(job.path, state.model.config, tokenizer.fingerprint)
+        save_model(job.path, state.model)
+
+
+def recorded(job: Job, key: str) -> list[float]:
+    """A column of the stage's own metrics, in order; what a resumed stage knows of its beginning."""
+    import json
+
+    path = job.path / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    return [row[key] for row in rows if key in row]
