@@ -11,6 +11,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from email.message import Message
@@ -244,3 +245,18 @@ def _retry_after(headers: Message) -> float | None:
     with contextlib.suppress(ValueError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
+
+
+def unzip(archive: Path, folder: Path) -> None:
+    """Unpack, file by file and each whole; an entry that would land outside the folder is an error."""
+    try:
+        with zipfile.ZipFile(archive) as files:
+            for entry in files.infolist():
+                target = folder / entry.filename
+                if not target.resolve().is_relative_to(folder.resolve()):
+                    raise ValueError(f"{archive} holds {entry.filename}, which leads out of the folder")
+                if not entry.is_dir() and not entry.filename.startswith("__MACOSX"):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(target, files.read(entry))  # checks the entry's CRC
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive} is damaged ({error}): delete it and run again") from None

@@ -148,7 +148,7 @@ LETTERS = ("A", "B", "C", "D", "E", "F", "G", "H")
 
 
 def multiple_choice(question: str, choices: list[str], right: int) -> Problem:
-    """A question with lettered choices; the letter follows without a space, as the token it is in the answer."""
+    """A question with lettered choices; letters follow without a space, as the tokens they are in answers."""
     letters = list(LETTERS[: len(choices)])
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
     asked = f"Multiple choice: {question}\n" + "\n".join(lines) + "\n\nAnswer with the letter only."

@@ -166,7 +166,7 @@ def _problem(templates: tuple[Template, ...], split: Split, rng: random.Random) 
 
 
 def evaluate(expression: str) -> int:
-    """The value of one of our own expressions: numbers with +, -, * and perhaps a sum in front in brackets."""
+    """The value of one of our own expressions: numbers with +, -, * and perhaps a first sum in brackets."""
     if expression.startswith("("):
         inner, rest = expression[1:].split(")")
         return evaluate(f"{evaluate(inner)}{rest}")

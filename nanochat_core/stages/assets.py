@@ -1,0 +1,81 @@
+"""What evaluations and tasks read besides text: the CORE bundle, identity conversations, a word list.
+
+Everything is here, whole and checked, before any training begins.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from nanochat_core.stage import Job, Metrics, Recipe
+
+BUNDLE = "eval_bundle"
+IDENTITY = "identity_conversations.jsonl"
+WORDS = "words_alpha.txt"
+
+
+class Config(Recipe):
+    source: Literal["embedded", "hub"] = "embedded"
+    bundle_url: str = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # 162 MB
+    identity_url: str = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
+    words_url: str = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
+    sha256: dict[str, str] = {}  # noqa: RUF012  # by file name, to pin what is fetched
+
+
+def run(cfg: Config, job: Job) -> Metrics:
+    """Make the assets from the embedded corpus, or fetch those that the full-size profiles use."""
+    if cfg.source == "embedded":
+        _embedded(job.path)
+    else:
+        _hub(cfg, job)
+    return check(job.path)
+
+
+def _embedded(path: Path) -> None:
+    import json
+
+    from nanochat_core.data import bundle
+    from nanochat_core.data.tasks import identity, words
+    from nanochat_core.store import write_whole
+
+    for name, content in bundle.files().items():
+        (path / BUNDLE / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path / BUNDLE / name, content)
+    write_whole(path / IDENTITY, "".join(json.dumps(row) + "\n" for row in identity.conversations()))
+    write_whole(path / WORDS, "\n".join(words.WORDS) + "\n")
+
+
+def _hub(cfg: Config, job: Job) -> None:
+    import shutil
+
+    from nanochat_core.data.fetch import Remote, fetch, unzip
+    from nanochat_core.store import locked
+
+    root = job.runtime.base_dir / "downloads" / "assets"
+    names = {f"{BUNDLE}.zip": cfg.bundle_url, IDENTITY: cfg.identity_url, WORDS: cfg.words_url}
+    remotes = [Remote(url, root / name, sha256=cfg.sha256.get(name)) for name, url in names.items()]
+    offline = os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
+    with locked(root.with_name("assets.lock")):
+        fetch(remotes, offline=offline, progress=lambda done, wanted: job.record(step=done, steps=wanted))
+    unzip(root / f"{BUNDLE}.zip", job.path)
+    for name in (IDENTITY, WORDS):
+        shutil.copyfile(root / name, job.path / f"{name}.part")
+        (job.path / f"{name}.part").replace(job.path / name)
+
+
+def check(path: Path) -> Metrics:
+    """Count what is there; an unreadable or incomplete piece is an error now, not after days of training."""
+    from nanochat_core.data.tasks import identity
+    from nanochat_core.eval import core
+
+    tasks = core.read_bundle(path / BUNDLE)
+    examples = sum(len(core.read_examples(task)) for task in tasks)
+    words = (path / WORDS).read_text(encoding="utf-8").split()
+    if not words:
+        raise ValueError(f"{path / WORDS} is empty: expected one word a line")
+    return {
+        "core_tasks": len(tasks),
+        "core_examples": examples,
+        "identity_conversations": len(identity.read(path / IDENTITY)),
+        "words": len(words),
+    }

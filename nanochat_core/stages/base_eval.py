@@ -1,0 +1,54 @@
+"""CORE of the base model: every task of the bundle, a finished one never twice."""
+
+from pydantic import Field
+
+from nanochat_core.stage import Job, Metrics, Recipe
+
+
+class Config(Recipe):
+    max_per_task: int | None = Field(None, ge=1)  # examples; None: all there are
+
+
+def run(cfg: Config, job: Job) -> Metrics:
+    """Evaluate each task, keep its answers, and add up what they come to."""
+    import json
+
+    from nanochat_core.eval import core
+    from nanochat_core.stages.assets import BUNDLE
+    from nanochat_core.store import write_whole
+    from nanochat_core.tokenizer.bpe import load_tokenizer
+    from nanochat_core.train.ranks import ranks
+    from nanochat_core.train.setup import trained_model
+
+    partial, answers = job.path / "partial", job.path / "answers"
+    partial.mkdir(exist_ok=True)
+    answers.mkdir(exist_ok=True)
+    tasks = core.read_bundle(job.inputs["assets"] / BUNDLE)
+    scores = []
+    with ranks(job.runtime) as world:
+        tokenizer = load_tokenizer(job.inputs["tokenizer"])
+        model = trained_model(job.inputs["model"], tokenizer).to(world.device)
+        model.compute_dtype = world.dtype
+        for i, task in enumerate(tasks):
+            done = partial / f"{task.label}.jsonl"
+            if done.is_file():
+                outcomes = [core.Outcome(**json.loads(line)) for line in done.read_text().splitlines()]
+            else:
+                outcomes = core.evaluate(
+                    core.logits_at(model),
+                    tokenizer,
+                    task,
+                    core.read_examples(task, cfg.max_per_task),
+                    context=model.config.sequence_len,
+                    device=world.device,
+                )
+                write_whole(done, "".join(json.dumps(outcome._asdict()) + "\n" for outcome in outcomes))
+            write_whole(answers / done.name, done.read_bytes())
+            scores.append(core.summarize(task, outcomes))
+            job.record(step=i + 1, steps=len(tasks), **{f"core/{task.label}": scores[-1].centered})
+            print(f"{task.label}: {scores[-1].accuracy:.4f}, centered {scores[-1].centered:.4f}", flush=True)
+    write_whole(job.path / "core.csv", core.as_csv(scores))
+    metrics: Metrics = {"core": core.core_metric(scores)}
+    for score in scores:
+        metrics |= {score.label: score.centered, f"{score.label}_accuracy": score.accuracy}
+    return metrics

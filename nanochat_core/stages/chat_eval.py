@@ -1,0 +1,67 @@
+"""What a chat model can do: its accuracy on each task, and ChatCORE, their mean with chance at 0."""
+
+from pydantic import Field
+
+from nanochat_core.stage import Job, Metrics, Recipe
+
+
+class Config(Recipe):
+    # ChatCORE over six tasks; a result over five is another number, never compare the two.
+    tasks: tuple[str, ...] = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")
+    problems: int | None = Field(None, ge=1)  # of each task; None: all of its test split
+    samples: int = Field(1, ge=1)  # of each generative problem; one right answer is enough
+    temperature: float = Field(0.0, ge=0)
+    top_k: int | None = Field(50, ge=1)
+    max_tokens: int = Field(512, ge=1)  # of an answer
+    seed: int = 0
+
+
+def run(cfg: Config, job: Job) -> Metrics:
+    """Answer each task's test problems, keep what was said, and add it up."""
+    import json
+
+    from nanochat_core.data.tasks import load_task
+    from nanochat_core.eval import chat
+    from nanochat_core.infer.engine import Engine
+    from nanochat_core.store import write_whole
+    from nanochat_core.tokenizer.bpe import load_tokenizer
+    from nanochat_core.train.ranks import ranks
+    from nanochat_core.train.setup import trained_model
+
+    partial, answers = job.path / "partial", job.path / "answers"
+    partial.mkdir(exist_ok=True)
+    answers.mkdir(exist_ok=True)
+    tasks = [
+        load_task(name, "test", size=cfg.problems, assets=job.inputs.get("assets")) for name in cfg.tasks
+    ]
+    metrics: Metrics = {}
+    gains = []
+    with ranks(job.runtime) as world:
+        tokenizer = load_tokenizer(job.inputs["tokenizer"])
+        model = trained_model(job.inputs["model"], tokenizer).to(world.device)
+        model.compute_dtype = world.dtype
+        engine = Engine(model, tokenizer, max_rows=job.runtime.device_batch.get(job.stage, 64))
+        for i, task in enumerate(tasks):
+            done = partial / f"{task.name}.jsonl"
+            if done.is_file():
+                found = [chat.Answer(**json.loads(line)) for line in done.read_text().splitlines()]
+            else:
+                found = chat.evaluate_task(
+                    engine,
+                    task,
+                    samples=cfg.samples,
+                    temperature=cfg.temperature,
+                    top_k=cfg.top_k,
+                    max_tokens=cfg.max_tokens,
+                    seed=cfg.seed,
+                )
+                write_whole(done, "".join(json.dumps(answer._asdict()) + "\n" for answer in found))
+            write_whole(answers / done.name, done.read_bytes())
+            value = chat.accuracy(found)
+            gains.append(chat.centered(task, value))
+            metrics[task.name] = value
+            if cfg.samples > 1 and task.kind == "generative":
+                metrics[f"{task.name}_pass1"] = chat.mean_accuracy(found)
+            job.record(step=i + 1, steps=len(tasks), **{f"chat/{task.name}": value})
+            print(f"{task.name}: {value:.4f} of {len(found)}", flush=True)
+    return {"chatcore": sum(gains) / len(gains), **metrics}
