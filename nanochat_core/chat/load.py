@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -10,6 +11,14 @@ from nanochat_core.model.gpt import GPT, load_model, read_config
 from nanochat_core.tokenizer.bpe import Tokenizer, load_tokenizer
 
 HALF_FROM = 50_000_000  # parameters: a smaller model gains nothing from bf16 on a CPU, one token at a time
+
+
+class Loaded(NamedTuple):
+    """A model one can talk to, by the name it is shown under."""
+
+    name: str
+    model: GPT
+    tokenizer: Tokenizer
 
 
 def load_chat(

@@ -7,7 +7,7 @@ once and in chunks while the others go on, and are then copied to where they dec
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,7 +119,7 @@ class Engine:
             self.step()
         return [request.completion() for request in requests]
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
         """Token by token, forced ones included, the terminal one not. Closing the iterator frees the row."""
         request = self.submit(prompt, sampling)
         given = 0
@@ -216,7 +216,7 @@ class Engine:
         self._span(self.max_rows - len(cohort.prompts), self.max_rows).length.zero_()
 
     def _prefill(self, cohort: _Cohort) -> None:
-        """Read the next chunk of the prompts that are not finished: the first ones, the longest come first."""
+        """Read the next chunk of the prompts that are not finished: the first ones, as they go by length."""
         start = cohort.read
         prompts = [prompt for prompt in cohort.prompts if len(prompt) > start]
         budget = CHUNK_SHARED if self._rows else CHUNK_ALONE
