@@ -47,16 +47,34 @@ class StageFailed(Exception):
 # The parent's side.
 
 
-def launch(plan: Plan, name: str, watch: Watch = lambda row: None, *, rerun: str | None = None) -> Metrics:
+def pending(plan: Plan, name: str, rerun: str | None = None) -> bool:
+    """Whether a row still has work to do: its artefact does not verify, or this request asks for another."""
+    return forced(plan, name, rerun) or judge(plan, name, {}).state != "hit"
+
+
+def forced(plan: Plan, name: str, rerun: str | None) -> bool:
+    return rerun is not None and name in plan.rerun and not made_by(plan.jobs[name].path, rerun)
+
+
+def launch(
+    plan: Plan,
+    name: str,
+    watch: Watch = lambda row: None,
+    *,
+    rerun: str | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Metrics:
     """Bring one row of a plan to its result: at once if its artefact verifies, else in a process of its own.
 
     `rerun` names the request to make a finished artefact again: the same request twice makes it once.
+    `stopping` is asked several times a second whether the stage should save and end, as Ctrl-C would make it.
     """
     job = plan.jobs[name]
-    forced = rerun is not None and name in plan.rerun and not made_by(job.path, rerun)
-    if not forced and judge(plan, name, {}).state == "hit":
+    if not pending(plan, name, rerun):
         return result_of(job.path)
-    work = rerun_path(job) if forced and (job.path / "result.json").exists() else job.path
+    again = rerun_path(job)
+    beside = forced(plan, name, rerun) and ((job.path / "result.json").exists() or again.exists())
+    work = again if beside else job.path
     work.mkdir(parents=True, exist_ok=True)
     store.write_json(work / "job.json", describe(plan, name, rerun))
     log = work / "log.txt"
@@ -77,6 +95,8 @@ def launch(plan: Plan, name: str, watch: Watch = lambda row: None, *, rerun: str
                 if row is None:
                     break
                 watch(row)
+            if stopping():
+                break
             time.sleep(POLL_SECONDS)
     finally:
         stop(process)
@@ -159,6 +179,14 @@ def last_words(log: Path, begin: int, code: int) -> str:
     return "\n  " + "\n  ".join(lines[-8:]) if lines else f"its process ended with code {code} and no message"
 
 
+def log_tail(log: Path, lines: int = 30) -> str:
+    """The end of a log, for whoever is shown that its stage has failed."""
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    except FileNotFoundError:
+        return ""
+
+
 def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
     """The content of job.json: everything the child needs, and all that explains the artefact later."""
     job = plan.jobs[name]
@@ -166,7 +194,9 @@ def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
     for role, row in plan.sources[name].items():
         result = store.read_result(job.inputs[role])
         if result is None:
-            raise ValueError(f"{name} reads {row}, which is not finished; run it first: nanochat stage {row} {plan.profile}")
+            raise ValueError(
+                f"{name} reads {row}, which is not finished; run it first: nanochat stage {row} {plan.profile}"
+            )
         inputs[role] = {
             "stage": row,
             "fingerprint": plan.jobs[row].fingerprint,
@@ -208,7 +238,10 @@ def git_state() -> dict[str, Any]:
         return {"commit": None, "dirty": None}
     run = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout  # noqa: E731
     try:
-        return {"commit": run("rev-parse", "HEAD").strip() or None, "dirty": bool(run("status", "--porcelain").strip())}
+        return {
+            "commit": run("rev-parse", "HEAD").strip() or None,
+            "dirty": bool(run("status", "--porcelain").strip()),
+        }
     except OSError:  # no git on this machine
         return {"commit": None, "dirty": None}
 
@@ -248,9 +281,11 @@ def execute(path: Path) -> None:
     first = int(os.environ.get("RANK", "0")) == 0
     with contextlib.ExitStack() as stack:
         if first:
-            lock = base_dir / "locks" / f"{job.stage}-{job.fingerprint}.lock"
+            lock = lock_path(base_dir, job.stage, job.fingerprint)
             if not stack.enter_context(store.locked(lock, wait=False)):
-                print(f"another process is at work on {job.stage} {job.fingerprint}; waiting for it", flush=True)
+                print(
+                    f"another process is at work on {job.stage} {job.fingerprint}; waiting for it", flush=True
+                )
                 stack.enter_context(store.locked(lock))
             if job.path != final and not final.exists() and (job.path / "result.json").exists():
                 job.path.replace(final)  # a re-run that was complete but not yet put in place
@@ -267,11 +302,12 @@ def execute(path: Path) -> None:
         try:
             metrics = stage.module.run(job.config, job)
         except Exception as error:
+            why = "interrupted" if isinstance(error, Interrupted) else str(error) or type(error).__name__
             with contextlib.suppress(OSError):  # the disk may be what failed
-                attempt(job, "stopped", why=str(error) or type(error).__name__)
+                attempt(job, "stopped", why=why)
             raise
         attempt(job, "finished")
-        seconds = seconds_spent(read_attempts(job.path))
+        seconds = store.seconds_spent(store.read_attempts(job.path))
         store.commit(job.path, base_dir, metrics, job.shared, seconds, record["inputs"], record["rerun"])
         if job.path != final:
             old = final.with_name(final.name + ".old")
@@ -296,34 +332,23 @@ def finished_meanwhile(job: Job, record: dict[str, Any]) -> bool:
     )
 
 
+def lock_path(base_dir: Path, stage: str, fingerprint: str) -> Path:
+    """The lock that whoever works on a job holds."""
+    return base_dir / "locks" / f"{stage}-{fingerprint}.lock"
+
+
 def attempt(job: Job, event: str, **more: Any) -> None:
     """One line in the directory's own history: when attempts began and how they ended."""
     with (job.path / "attempts.jsonl").open("a") as f:
         f.write(json.dumps({"event": event, "time": round(time.time(), 3), **more}) + "\n")
 
 
-def read_attempts(directory: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in (directory / "attempts.jsonl").read_text().splitlines()]
-    except (FileNotFoundError, json.JSONDecodeError):
-        return []
-
-
 def last_sign_of_life(directory: Path) -> float:
     """When an attempt that left no word was last heard of: its metrics or its log."""
-    times = [path.stat().st_mtime for name in ("metrics.jsonl", "log.txt") if (path := directory / name).exists()]
+    times = [
+        path.stat().st_mtime for name in ("metrics.jsonl", "log.txt") if (path := directory / name).exists()
+    ]
     return max(times, default=0.0)
-
-
-def seconds_spent(attempts: list[dict[str, Any]]) -> float:
-    """The working time of all attempts: one that was killed ends with its last sign of life."""
-    spent, started = 0.0, None
-    for event in attempts:
-        if started is not None:
-            end = event["previous_end"] if event["event"] == "started" else event["time"]
-            spent += max(0.0, end - started)
-        started = event["time"] if event["event"] == "started" else None
-    return spent
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""From a profile and overrides to jobs, and what would happen to each of them: hit, resume or run, and why."""
+"""From a profile and overrides to jobs, and what would happen to each: hit, resume or run, and why."""
 
 import difflib
 import hashlib
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from nanochat_core import store
 from nanochat_core.pipeline import BY_NAME, STAGES
-from nanochat_core.stage import Job, Recipe, Runtime, Stage, fingerprint
+from nanochat_core.stage import Job, Recipe, Runtime, fingerprint
 
 M = TypeVar("M", Recipe, Runtime)
 PROFILES = Path(__file__).parent / "profiles"
@@ -167,7 +167,7 @@ def why_new(
         return "first run"
     old = read_job(plan.runtime.base_dir / name / previous[name])
     if old is None:
-        return "its artefact is gone"
+        return "its artefact is not there"
     differences = [
         f"{name}.{key}: {old['config'].get(key)!r} -> {value!r}"
         for key, value in job.config.model_dump(mode="json").items()
@@ -182,7 +182,7 @@ def why_new(
             if old["inputs"].get(role, {}).get("fingerprint") != plan.jobs[row].fingerprint
         ]
         differences = [f"its input {row} is another" for row in changed]
-    return "; ".join(differences) or "its artefact is gone"
+    return "; ".join(differences) or "its artefact is not there"
 
 
 def changed_input(result: Mapping[str, Any], job: Job, sources: Mapping[str, str]) -> str | None:
@@ -204,7 +204,9 @@ def rerun_path(job: Job) -> Path:
 
 def saved_step(directory: Path) -> int | None:
     """The step an unfinished training stage would go on from."""
-    steps = [int(path.name.removeprefix("step_")) for path in (directory / "checkpoints").glob("step_????????")]
+    steps = [
+        int(path.name.removeprefix("step_")) for path in (directory / "checkpoints").glob("step_????????")
+    ]
     return max(steps, default=None)
 
 
@@ -220,11 +222,16 @@ def read_job(directory: Path) -> dict[str, Any] | None:
 
 
 def remember(plan: Plan) -> None:
-    """Note the plan as the profile's latest run, and as the latest of all."""
+    """Note the plan as the profile's latest run, and as the latest of all.
+
+    Rows that only --until left out keep what they had: a short run does not hide a longer one's models.
+    """
+    previous = latest_run(plan.runtime.base_dir, plan.profile) or {}
+    jobs = {row: name for row, name in previous.items() if plan.left_out.get(row, "").startswith("after ")}
     record = {
         "format": store.FORMAT,
         "profile": plan.profile,
-        "jobs": {name: job.fingerprint for name, job in plan.jobs.items()},
+        "jobs": {name: job.fingerprint for name, job in plan.jobs.items()} | jobs,
     }
     folder = plan.runtime.base_dir / "runs"
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,6 +246,24 @@ def latest_run(base_dir: Path, profile: str | None = None) -> dict[str, str] | N
         return dict(json.loads(path.read_text())["jobs"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def latest_profile(base_dir: Path) -> str | None:
+    """The profile of the latest run of all."""
+    try:
+        return str(json.loads((base_dir / "runs" / "latest.json").read_text())["profile"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def needed(plan: Plan, name: str, verdicts: Mapping[str, Verdict]) -> list[str]:
+    """The rows to run, in order, for one row's result: itself, and of what it reads all that is not there."""
+    wanted: set[str] = set()
+    for row in reversed(list(plan.jobs)):  # so that whoever reads a row has been asked before it
+        asked = row == name or any(row in plan.sources[reader].values() for reader in wanted)
+        if asked and verdicts[row].state != "hit":
+            wanted.add(row)
+    return [row for row in plan.jobs if row in wanted]
 
 
 def wasted(plan: Plan, verdicts: Mapping[str, Verdict]) -> dict[str, float]:

@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1  # of job.json and result.json
-PRIVATE = {"job.json", "result.json", "attempts.jsonl", "log.txt"}  # of a job's directory, but not of its artefact
+PRIVATE = {
+    "job.json",
+    "result.json",
+    "attempts.jsonl",
+    "log.txt",
+}  # of a job's directory, but not of its artefact
 SCRATCH = ("checkpoints", "partial")  # what an attempt leaves for the next one; gone once the stage is done
 
 
@@ -29,7 +34,9 @@ class Newer(ValueError):
 
 def write_whole(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader, or a power cut, never sees half of it."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(
+        f"{path.name}.{os.getpid()}.part"
+    )  # two processes may write the same record at once
     with part.open("wb") as f:
         f.write(data.encode() if isinstance(data, str) else data)
         f.flush()
@@ -149,6 +156,24 @@ def content(result: Mapping[str, Any]) -> str:
     hashes = {name: want["sha256"] for name, want in result["files"].items() if name != "metrics.jsonl"}
     hashes |= {name: want["sha256"] for name, want in result.get("shared", {}).items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def read_attempts(directory: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in (directory / "attempts.jsonl").read_text().splitlines()]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return []
+
+
+def seconds_spent(attempts: list[dict[str, Any]]) -> float:
+    """The working time of all attempts: one that was killed ends with its last sign of life."""
+    spent, started = 0.0, None
+    for event in attempts:
+        if started is not None:
+            end = event["previous_end"] if event["event"] == "started" else event["time"]
+            spent += max(0.0, end - started)
+        started = event["time"] if event["event"] == "started" else None
+    return spent
 
 
 @contextlib.contextmanager

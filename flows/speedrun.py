@@ -1,0 +1,165 @@
+"""The flow: one task run per row of the table, cached by fingerprint as long as the disk agrees."""
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger, runtime, task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.client.schemas.objects import State
+from prefect.exceptions import CancelledRun, TerminationSignal
+from prefect.states import Cancelled, Completed
+from pydantic import Field
+
+from flows.watch import Cancellation, Watch
+from nanochat_core import plan as plans
+from nanochat_core.launch import StageFailed, launch, log_tail, pending, result_of
+from nanochat_core.pipeline import STAGES
+from nanochat_core.plan import Plan
+from nanochat_core.progress import Row, Terminal, headline, span
+from nanochat_core.stage import Interrupted, Metrics
+
+DEAR_SECONDS = 3600.0  # finished work that a changed recipe may leave unused unless it is accepted
+
+terminal: ContextVar[Terminal | None] = ContextVar("terminal", default=None)
+"""Where a run started by hand shows its progress; a worker's has nobody to show it to."""
+
+request: ContextVar[str | None] = ContextVar("request", default=None)
+"""The name of a request to run stages again, if not the flow run's own id."""
+
+StageName = Annotated[str, Field(json_schema_extra={"enum": [stage.name for stage in STAGES]})]
+ProfileName = Annotated[str, Field(json_schema_extra={"enum": plans.profile_names()})]
+
+BY_FINGERPRINT = CacheKeyFnPolicy(
+    cache_key_fn=lambda _, inputs: f"nanochat-{inputs['stage']}-{inputs['fingerprint']}-{inputs['base_dir']}"
+)
+
+
+class CostRefused(ValueError):
+    """The changed recipe would leave hours of finished training unused, and nobody said that it may."""
+
+
+@flow(name="speedrun", persist_result=False, validate_parameters=True)
+def speedrun(
+    profile: ProfileName = "cpu-demo",
+    overrides: Sequence[str] = (),
+    rerun: Sequence[StageName] = (),
+    until: StageName | None = None,
+    base_dir: str | None = None,
+    accept_cost: bool = False,
+) -> dict[str, Metrics] | State[Any]:
+    """Train a ChatGPT clone end to end, doing only what is not done already.
+
+    Args:
+        profile: which model, data and machine
+        overrides: changes to the recipe, each as stage.key=value, for example pretrain.depth=4
+        rerun: stages to make again, with all that follows from them
+        until: the last stage to run
+        base_dir: where everything is kept; NANOCHAT_BASE_DIR or ~/.cache/nanochat if left empty
+        accept_cost: go on although more than an hour of finished training would be left unused
+    """
+    root = (
+        Path(base_dir or os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().absolute()
+    )
+    plan = plans.load(profile, overrides, base_dir=root, rerun=rerun, until=until)
+    token = request.get() or str(runtime.flow_run.id)
+    verdicts = plans.explain(plan)
+    refuse_cost(plan, verdicts, token, accept_cost)
+    plans.remember(plan)
+    log, screen = get_run_logger(), terminal.get()
+
+    def run_stage(stage: str, fingerprint: str, base_dir: str, reads: dict[str, Any]) -> Any:
+        """Bring one row to its result. What it reads is passed so that Prefect draws the edge."""
+        job, task_log = plan.jobs[stage], get_run_logger()
+        if not pending(plan, stage, token):
+            task_log.info(f"[{stage}] found finished: {job.path}")
+            return Completed(name="Adopted", message=f"found in {job.path}", data=record(plan, stage))
+        why = verdicts[stage].why if verdicts[stage].state != "hit" else plans.judge(plan, stage, {}).why
+        task_log.info(f"[{stage}] starts ({why}) in {job.path}")
+        shown = screen.stage(stage, why, lambda: result_of(job.path)) if screen else nullcontext(no_one)
+        try:
+            with shown as show, Watch(stage, job.path, show) as watch:
+                metrics = launch(plan, stage, watch.see, rerun=token, stopping=cancellation.asked)
+        except StageFailed as failure:
+            task_log.error(f"[{stage}] {failure}\n{log_tail(failure.log)}\nits log: {failure.log}")
+            raise
+        task_log.info(f"[{stage}] done  {headline(metrics)}")
+        return record(plan, stage)
+
+    stage_task = task(
+        cache_policy=BY_FINGERPRINT,
+        persist_result=True,
+        result_serializer="json",
+        result_storage=root / "prefect" / "results",
+    )(run_stage)
+    results: dict[str, Any] = {}
+    with Cancellation() as cancellation:
+        for name, job in plan.jobs.items():
+            todo = pending(plan, name, token)
+            if screen is not None and not todo:
+                screen.found(name)
+            reads = {role: results[row] for role, row in plan.sources[name].items()}
+            one = stage_task.with_options(name=name, task_run_name=name, refresh_cache=todo)
+            try:
+                results[name] = one(name, job.fingerprint, str(root), reads)
+            except Interrupted:
+                if cancellation.asked():
+                    log.info(f"cancelled in {name}; what was done is kept")
+                    return Cancelled(
+                        message=f"stopped in {name}, which has saved a checkpoint; Retry goes on from it"
+                    )
+                raise
+    if screen is not None:
+        screen.sum_up()
+    return {name: result_of(job.path) for name, job in plan.jobs.items()}
+
+
+def no_one(row: Row) -> None:
+    """Where there is no terminal, nobody sees a row there."""
+
+
+def record(plan: Plan, name: str) -> dict[str, Any]:
+    """What a task run returns: its artefact's place and numbers. Prefect keeps a copy; the disk decides."""
+    job = plan.jobs[name]
+    return {
+        "stage": name,
+        "fingerprint": job.fingerprint,
+        "directory": str(job.path),
+        "metrics": result_of(job.path),
+    }
+
+
+def refuse_cost(plan: Plan, verdicts: dict[str, plans.Verdict], token: str, accepted: bool) -> None:
+    lost = {row: s for row, s in plans.wasted(plan, verdicts).items() if pending(plan, row, token)}
+    if accepted or sum(lost.values()) <= DEAR_SECONDS:
+        return
+    each = "; ".join(
+        f"{row} runs again ({verdicts[row].why}), {span(s)} go unused" for row, s in lost.items()
+    )
+    raise CostRefused(
+        f"{each}. Set accept_cost if that is meant; the old artefacts stay in {plan.runtime.base_dir}"
+    )
+
+
+def run_here(
+    plan: Plan, overrides: Sequence[str], rerun: Sequence[str], until: str | None, token: str
+) -> dict[str, Metrics]:
+    """The flow in this process, seen at this terminal; its cost has been accepted."""
+    terminal.set(Terminal())
+    request.set(token)
+    try:
+        result = speedrun(
+            profile=plan.profile,
+            overrides=tuple(overrides),
+            rerun=tuple(rerun),
+            until=until,
+            base_dir=str(plan.runtime.base_dir),
+            accept_cost=True,
+        )
+    except (CancelledRun, TerminationSignal) as end:
+        raise Interrupted(str(end)) from end
+    assert isinstance(result, dict)
+    return result
