@@ -84,9 +84,7 @@ def documents() -> Iterator[str]:
 
 # ---------------------------------------------------------------------------------------------- small talk
 
-RUDE = (
-    """fuck shit damn crap sex bitch asshole dick cunt pussy whore slut nigg fag raped porn bastard retard"""
-)
+RUDE = """fuck shit bitch asshole dick cunt pussy whore slut nigg fag raped porn bastard retard"""
 STEMS = tuple(RUDE.split())  # a conversation with one of them anywhere is left out
 PRIVATE = re.compile(r"\S@\S+\.\w|https?:|www\.|\w\.(?:com|org|net|edu)\b|\+?\d[\d\s().-]{8,}\d")
 

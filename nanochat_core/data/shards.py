@@ -33,7 +33,7 @@ def write_shard(path: Path, texts: Sequence[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = max(1, min(ROW_GROUP, -(-len(texts) // 4)))
+    rows = max(1, min(ROW_GROUP, len(texts) // 4))
     part = path.with_name(path.name + ".part")
     table = pa.table({"text": pa.array(texts, type=pa.string())})
     with part.open("wb") as file:

@@ -1,0 +1,237 @@
+"""The downloader against a server that does everything a bad line does."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat_core.data.fetch import ATTEMPTS, Remote, fetch, fetch_one, unzip
+
+BODY = {f"shard_{i}": hashlib.sha256(str(i).encode()).digest() * (1500 + 37 * i) for i in range(20)}
+TAG = {name: hashlib.sha256(body).hexdigest() for name, body in BODY.items()}
+
+
+class Hostile(BaseHTTPRequestHandler):
+    """Serves BODY with ranges; `trouble` may answer in its own way, by file and attempt."""
+
+    trouble: Callable[["Hostile", str, int], bool]
+    seen: dict[str, int]
+    asked: list[str]
+    lock = threading.Lock()
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        name = self.path.strip("/")
+        with self.lock:
+            self.seen[name] = attempt = self.seen.get(name, 0) + 1
+            self.asked.append(f"{name} {self.headers.get('Range', '')}")
+        if not type(self).trouble(self, name, attempt):
+            self.serve(name)
+
+    def serve(self, name: str, *, cut: int | None = None, flip: bool = False, ranges: bool = True) -> None:
+        body = BODY[name]
+        begin = int(self.headers["Range"][6:-1]) if ranges and "Range" in self.headers else 0
+        if begin >= len(body):
+            self.empty(416, {"Content-Range": f"bytes */{len(body)}"})
+            return
+        self.send_response(206 if begin else 200)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
+        self.send_header("ETag", f'"{TAG[name]}"')
+        self.send_header("Content-Length", str(len(body) - begin))
+        self.end_headers()
+        sent = body[begin:] if cut is None else body[begin : begin + cut]
+        self.wfile.write(bytes([sent[0] ^ 1]) + sent[1:] if flip else sent)
+        if cut is not None:
+            self.close_connection = True
+
+    def empty(self, code: int, headers: dict[str, str] | None = None) -> None:
+        self.send_response(code)
+        for key, value in ({"Content-Length": "0"} | (headers or {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+
+
+Trouble = Callable[[Hostile, str, int], bool]
+
+
+class Site:
+    def __init__(self, url: str, handler: type[Hostile]) -> None:
+        self.url = url
+        self.handler = handler
+
+    def remote(self, name: str, folder: Path, **known: Any) -> Remote:
+        return Remote(f"{self.url}/{name}", folder / name, **known)
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    handler = type(
+        "Handler", (Hostile,), {"seen": {}, "asked": [], "trouble": lambda self, name, attempt: False}
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield Site(f"http://127.0.0.1:{server.server_port}", handler)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def no_wait(seconds: float) -> None:
+    pass
+
+
+def test_twenty_shards_arrive_byte_correct_through_every_kind_of_trouble(site: Site, tmp_path: Path) -> None:
+    def trouble(self: Hostile, name: str, attempt: int) -> bool:
+        kind = int(name.split("_")[1]) % 7
+        if attempt > 2 or kind == 6:
+            return False
+        match kind:
+            case 0:
+                self.empty(500)
+            case 1:
+                self.empty(429, {"Retry-After": "0"})
+            case 2:
+                self.serve(name, cut=1000)
+            case 3:
+                self.serve(name, flip=True)
+            case 4:
+                self.close_connection = True  # nothing at all
+            case 5 if attempt == 1:
+                self.empty(302, {"Location": f"/{name}", "X-Linked-ETag": f'"{TAG[name]}"'})
+            case _:
+                return False
+        return True
+
+    site.handler.trouble = trouble
+    remotes = [site.remote(name, tmp_path) for name in BODY]
+    fetched = fetch(remotes, wait=no_wait, timeout=5)
+    assert [file.sha256 for file in fetched] == list(TAG.values())
+    assert all((tmp_path / name).read_bytes() == body for name, body in BODY.items())
+    assert not list(tmp_path.glob("*.part*"))
+    site.handler.asked.clear()
+    assert fetch(remotes, wait=no_wait) == fetched
+    assert site.handler.asked == []  # a second run asks for nothing
+
+
+def test_a_cut_download_goes_on_where_it_stopped(site: Site, tmp_path: Path) -> None:
+    def trouble(self: Hostile, name: str, attempt: int) -> bool:
+        if attempt == 1:
+            self.serve(name, cut=10_000)
+        return attempt == 1
+
+    site.handler.trouble = trouble
+    fetch_one(site.remote("shard_3", tmp_path), wait=no_wait)
+    assert site.handler.asked == ["shard_3 ", "shard_3 bytes=10000-"]
+
+
+def test_a_killed_process_leaves_a_part_that_the_next_one_uses(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "shard_3.part").write_bytes(BODY["shard_3"][:5000])
+    (tmp_path / "shard_3.part.etag").write_text(f'"{TAG["shard_3"]}"')
+    assert fetch_one(site.remote("shard_3", tmp_path), wait=no_wait).sha256 == TAG["shard_3"]
+    assert site.handler.asked == ["shard_3 bytes=5000-"]
+
+
+def test_a_complete_part_is_not_fetched_again(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "shard_3.part").write_bytes(BODY["shard_3"])
+    (tmp_path / "shard_3.part.etag").write_text(f'"{TAG["shard_3"]}"')
+    assert fetch_one(site.remote("shard_3", tmp_path), wait=no_wait).sha256 == TAG["shard_3"]
+
+
+def test_a_server_without_ranges_is_read_from_the_beginning(site: Site, tmp_path: Path) -> None:
+    def trouble(self: Hostile, name: str, attempt: int) -> bool:
+        self.serve(name, cut=10_000 if attempt == 1 else None, ranges=False)
+        return True
+
+    site.handler.trouble = trouble
+    assert fetch_one(site.remote("shard_3", tmp_path), wait=no_wait).sha256 == TAG["shard_3"]
+
+
+def test_retry_after_is_obeyed_and_other_waits_grow(site: Site, tmp_path: Path) -> None:
+    def trouble(self: Hostile, name: str, attempt: int) -> bool:
+        if attempt == 1:
+            self.empty(429, {"Retry-After": "17"})
+        elif attempt < 4:
+            self.empty(503)
+        return attempt < 4
+
+    site.handler.trouble = trouble
+    waits: list[float] = []
+    fetch_one(site.remote("shard_1", tmp_path), wait=waits.append)
+    assert waits[0] == 17
+    assert 2 <= waits[1] <= 4 <= waits[2] <= 8
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said", "attempts"),
+    [
+        (lambda self, name, attempt: self.empty(404) or True, "HTTP 404", 1),
+        (lambda self, name, attempt: self.empty(500) or True, "HTTP 500", ATTEMPTS),
+        (lambda self, name, attempt: self.serve(name, flip=True) or True, "damaged 3 times", 3),
+    ],
+)
+def test_what_cannot_be_had_fails_loudly_within_the_budget(
+    site: Site, tmp_path: Path, trouble: Trouble, said: str, attempts: int
+) -> None:
+    site.handler.trouble = trouble
+    with pytest.raises(ValueError, match=said):
+        fetch([site.remote("shard_2", tmp_path)], wait=no_wait)
+    assert site.handler.seen["shard_2"] == attempts
+    assert not (tmp_path / "shard_2").exists()
+
+
+def test_a_stalled_connection_is_given_up_and_tried_again(site: Site, tmp_path: Path) -> None:
+    def trouble(self: Hostile, name: str, attempt: int) -> bool:
+        if attempt == 1:
+            time.sleep(0.4)
+            self.close_connection = True
+        return attempt == 1
+
+    site.handler.trouble = trouble
+    assert fetch_one(site.remote("shard_2", tmp_path), wait=no_wait, timeout=0.1).sha256 == TAG["shard_2"]
+
+
+def test_a_file_with_another_hash_than_the_known_one_is_refused(site: Site, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="damaged"):
+        fetch([site.remote("shard_2", tmp_path, sha256="0" * 64)], wait=no_wait)
+
+
+def test_a_file_that_changed_on_disk_is_fetched_again(site: Site, tmp_path: Path) -> None:
+    remote = site.remote("shard_2", tmp_path)
+    fetch([remote])
+    remote.path.write_bytes(b"x" * remote.path.stat().st_size)
+    assert fetch([remote])[0].sha256 == TAG["shard_2"]
+    assert site.handler.seen["shard_2"] == 2
+
+
+def test_offline_says_what_to_bring_where_and_takes_what_was_brought(site: Site, tmp_path: Path) -> None:
+    remote = site.remote("shard_2", tmp_path / "here")
+    with pytest.raises(ValueError, match=r"NANOCHAT_OFFLINE.*shard_2 by hand to .*here/shard_2"):
+        fetch([remote], offline=True)
+    remote.path.parent.mkdir(exist_ok=True)
+    remote.path.write_bytes(BODY["shard_2"])
+    assert fetch([remote], offline=True)[0].sha256 == TAG["shard_2"]
+    assert site.handler.asked == []
+
+
+def test_an_archive_that_is_damaged_or_leads_out_is_refused(tmp_path: Path) -> None:
+    import zipfile
+
+    bad = tmp_path / "bad.zip"
+    bad.write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="damaged"):
+        unzip(bad, tmp_path / "out")
+    with zipfile.ZipFile(bad, "w") as archive:
+        archive.writestr("../escaped.txt", "x")
+    with pytest.raises(ValueError, match="leads out"):
+        unzip(bad, tmp_path / "out")
+    assert not (tmp_path / "escaped.txt").exists()

@@ -1,0 +1,211 @@
+"""CORE by hand: a model whose likelihoods are a table, so that every score can be worked out on paper."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nanochat_core.eval import core
+from nanochat_core.eval.core import Candidate, IclTask, Kind
+from nanochat_core.model.gpt import GPT
+from nanochat_core.model.shape import GPTConfig
+from nanochat_core.tokenizer.bpe import Tokenizer, train
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train(["abcdefgh"], 265)  # bytes and the nine specials: one token a letter
+
+
+class Habits(nn.Module):
+    """A model that expects `follows[t]` after token t with probability .9, and anything else alike."""
+
+    def __init__(self, tokenizer: Tokenizer, follows: dict[str, str]) -> None:
+        super().__init__()
+        self.follows = {tokenizer.encode(a)[0]: tokenizer.encode(b)[0] for a, b in follows.items()}
+        self.vocab_size = tokenizer.vocab_size
+
+    def forward(self, idx: Tensor) -> Tensor:
+        p = torch.full((*idx.shape, self.vocab_size), 0.1 / (self.vocab_size - 1))
+        for token, after in self.follows.items():
+            p[idx == token, after] = 0.9
+        return p.log()
+
+
+def task(kind: Kind, path: Path = Path(), shots: int = 0, baseline: float = 0.25) -> IclTask:
+    return IclTask("made", kind, path, shots, " ", baseline)
+
+
+def evaluate(model: nn.Module, tokenizer: Tokenizer, kind: Kind, examples: list[Any], **options: Any) -> Any:
+    return core.evaluate(
+        core.logits_at(model),
+        tokenizer,
+        task(kind, shots=options.pop("shots", 0)),
+        examples,
+        context=None,
+        **options,
+    )
+
+
+def test_multiple_choice_takes_the_lowest_mean_loss_of_what_differs(tokenizer: Tokenizer) -> None:
+    # only what follows "x " is scored: b after a and d after c are expected (.9), after a space nothing is
+    model = Habits(tokenizer, {"a": "b", "c": "d"})
+    example = {"query": "x", "choices": ["cc", "ab", "bd"], "gold": 1}
+    (outcome,) = evaluate(model, tokenizer, "multiple_choice", [example])
+    flat, expected = math.log(tokenizer.vocab_size), -math.log(0.9)
+    rare = -math.log(0.1 / (tokenizer.vocab_size - 1))
+    # "cc": c after a space, c after c; "ab": a after a space, b after a; "bd": b after a space, d after b
+    by_hand = [(flat + rare) / 2, (flat + expected) / 2, flat]
+    assert outcome.losses == pytest.approx(by_hand, abs=1e-4)
+    assert (outcome.chosen, outcome.correct) == (1, True)
+
+
+def test_schema_scores_the_common_end_under_each_beginning(tokenizer: Tokenizer) -> None:
+    model = Habits(tokenizer, {"a": " ", " ": "d"})
+    example = {"context_options": ["b", "a"], "continuation": "d", "gold": 1}
+    (outcome,) = evaluate(model, tokenizer, "schema", [example])
+    # the common end is " d"; the space is expected after a only, d after the space always
+    expected, flat = -math.log(0.9), math.log(tokenizer.vocab_size)
+    assert outcome.losses == pytest.approx([(flat + expected) / 2, expected], abs=1e-4)
+    assert (outcome.chosen, outcome.correct) == (1, True)
+
+
+def test_language_modelling_wants_every_token_to_be_the_first_choice(tokenizer: Tokenizer) -> None:
+    model = Habits(tokenizer, {"a": " ", " ": "b", "b": "c"})
+    examples = [{"context": "a ", "continuation": c} for c in ("bc", "bd", "b")]
+    outcomes = evaluate(model, tokenizer, "language_modeling", examples)
+    assert [outcome.correct for outcome in outcomes] == [True, False, True]
+    score = core.summarize(task("language_modeling", baseline=0.5), outcomes)
+    assert (score.accuracy, score.centered) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+
+
+def test_few_shot_examples_are_drawn_as_upstream_draws_them() -> None:
+    examples = [{"query": str(i), "choices": ["y"], "gold": 0} for i in range(20)]
+    for index in (0, 7, 19):
+        others = [i for i in range(20) if i != index]
+        drawn = random.Random(1234 + index).sample(others, 5)
+        found = core.shown(task("multiple_choice", shots=5), examples, index)
+        assert [int(example["query"]) for example in found] == drawn
+    assert len(core.shown(task("multiple_choice", shots=10), examples[:4], 0)) == 3  # no more than there are
+    assert core.shown(task("multiple_choice", shots=10), examples[:1], 0) == []
+
+
+def test_prompts_are_cores() -> None:
+    mc = {"query": "q", "choices": ["x", "y"], "gold": 1}
+    assert core.prompts(task("multiple_choice"), mc, [mc]) == ["q y\n\nq x", "q y\n\nq y"]
+    schema = {"context_options": ["c", "d"], "continuation": "e", "gold": 0}
+    assert core.prompts(task("schema"), schema, [schema]) == ["c e\n\nc e", "c e\n\nd e"]
+    lm = {"context": " c ", "continuation": "e"}
+    assert core.prompts(task("language_modeling"), lm, [lm]) == ["c e\n\nc", "c e\n\nc e"]
+
+
+def test_a_choice_that_begins_another_still_has_a_token_to_score() -> None:
+    found = core.candidates("multiple_choice", [[1, 2, 3], [1, 2, 3, 4]], None)
+    assert [(c.start, c.end) for c in found] == [(2, 3), (2, 4)]
+    found = core.candidates("schema", [[9, 2, 3], [2, 3]], None)
+    assert [(c.start, c.end) for c in found] == [(2, 3), (1, 2)]
+
+
+def test_what_is_too_long_loses_its_beginning() -> None:
+    assert core._cut(Candidate([1, 2, 3, 4, 5], 3, 5), 3) == Candidate([3, 4, 5], 1, 3)
+    assert core._cut(Candidate([1, 2, 3, 4, 5], 1, 5), 3) == Candidate([3, 4, 5], 1, 3)
+    assert core._cut(Candidate([1, 2], 1, 2), 3) == Candidate([1, 2], 1, 2)
+
+
+def random_examples(kind: Kind, count: int) -> list[dict[str, Any]]:
+    rng = random.Random(kind)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(
+            "".join(rng.choices("abcdefgh", k=rng.randint(1, 5))) for _ in range(rng.randint(low, high))
+        )
+
+    match kind:
+        case "multiple_choice":
+            return [
+                {"query": words(1, 12), "choices": [words(1, 4) for _ in range(4)], "gold": rng.randrange(4)}
+                for _ in range(count)
+            ]
+        case "schema":
+            return [
+                {
+                    "context_options": [words(1, 9), words(1, 9)],
+                    "continuation": words(1, 4),
+                    "gold": rng.randrange(2),
+                }
+                for _ in range(count)
+            ]
+        case "language_modeling":
+            return [{"context": words(1, 12), "continuation": words(1, 1)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_batched_answers_equal_those_one_at_a_time(tokenizer: Tokenizer, kind: Kind, ours: bool) -> None:
+    shape = GPTConfig(
+        "seed", sequence_len=96, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32
+    )
+    model = GPT(shape).init_weights(0).eval().requires_grad_(False)
+    rng = torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=rng) / weight.size(1) ** 0.5)
+    logits = core.logits_at(model if ours else nn.Sequential(model))
+    examples = random_examples(kind, 167)
+    options: dict[str, Any] = {"context": 96}
+    made = task(kind, shots=2)
+    together = core.evaluate(logits, tokenizer, made, examples, **options)
+    alone = core.evaluate(logits, tokenizer, made, examples, batch_tokens=1, **options)
+    assert [(o.correct, o.chosen) for o in together] == [(o.correct, o.chosen) for o in alone]
+    assert [o.losses for o in together] == [pytest.approx(o.losses, abs=1e-4) for o in alone]
+
+
+def write_bundle(directory: Path, rows: list[Any], **entry: Any) -> None:
+    (directory / "eval_data").mkdir(parents=True, exist_ok=True)
+    listed = {
+        "label": "t",
+        "dataset_uri": "t.jsonl",
+        "num_fewshot": [0],
+        "icl_task_type": "multiple_choice",
+    } | entry
+    (directory / "core.yaml").write_text(json.dumps({"icl_tasks": [listed]}))  # JSON is YAML
+    (directory / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nt,25\n")
+    (directory / "eval_data" / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def test_a_bundle_is_read_shuffled_and_limited(tmp_path: Path) -> None:
+    rows = [{"query": str(i), "choices": ["a"], "gold": 0} for i in range(10)]
+    write_bundle(tmp_path, rows, continuation_delimiter="\n")
+    (found,) = core.read_bundle(tmp_path)
+    assert (found.baseline, found.delimiter, found.shots) == (0.25, "\n", 0)
+    random.Random(1337).shuffle(rows)
+    assert core.read_examples(found, 4) == rows[:4]
+
+
+def test_a_broken_bundle_names_the_file_and_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"core\.yaml is missing"):
+        core.read_bundle(tmp_path)
+    write_bundle(tmp_path, [{"query": "q", "choices": "a", "gold": 0}])
+    (found,) = core.read_bundle(tmp_path)
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 1: expected 'choices' as list"):
+        core.read_examples(found)
+    found.path.write_text("")
+    with pytest.raises(ValueError, match=r"t\.jsonl is empty"):
+        core.read_examples(found)
+    write_bundle(tmp_path, [], label="other")
+    with pytest.raises(ValueError, match="not a CORE bundle: KeyError 'other'"):
+        core.read_bundle(tmp_path)
+    write_bundle(tmp_path, [], icl_task_type="essay")
+    with pytest.raises(ValueError, match="unknown kind 'essay'"):
+        core.read_bundle(tmp_path)
+
+
+def test_the_table_ends_in_core() -> None:
+    scores = [core.Score("one", 0.5, 1 / 3, 8), core.Score("two", 1.0, 1.0, 8)]
+    rows = [[cell.strip() for cell in line.split(",")] for line in core.as_csv(scores).splitlines()]
+    assert rows[0] == ["Task", "Accuracy", "Centered"]
+    assert rows[-1] == ["CORE", "", "0.666667"]
