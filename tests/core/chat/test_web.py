@@ -153,7 +153,8 @@ def test_a_full_server_says_so_and_a_client_that_leaves_makes_room(running, slow
     client = running(rows=1, places=1)
     body = {"prompt": "Q", "temperature": 0, "max_tokens": 1200, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as first:
-        next(first.iter_raw())
+        chunks = first.iter_raw()
+        next(chunks)
         second = threading.Thread(
             target=client.post, args=("/v1/completions",), kwargs={"json": body | {"max_tokens": 2}}
         )
