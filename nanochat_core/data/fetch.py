@@ -57,6 +57,11 @@ class _Again(Exception):
         self.after = after
 
 
+def offline() -> bool:
+    """Whether the user wants no network to be used."""
+    return os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
+
+
 def here(remote: Remote) -> Fetched | None:
     """The file if it is there and is what was once written down about it.
 

@@ -3,7 +3,6 @@
 Everything is here, whole and checked, before any training begins.
 """
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +18,15 @@ class Config(Recipe):
     bundle_url: str = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # 162 MB
     identity_url: str = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
     words_url: str = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
+    tasks: tuple[str, ...] = (
+        "arc_easy",
+        "arc_challenge",
+        "mmlu",
+        "gsm8k",
+        "humaneval",
+        "smoltalk",
+    )  # of the hub
+    task_folder: str | None = None  # TASK/SPLIT.parquet or .jsonl of your own instead of the hub's
     sha256: dict[str, str] = {}  # noqa: RUF012  # by file name, to pin what is fetched
 
 
@@ -28,6 +36,8 @@ def run(cfg: Config, job: Job) -> Metrics:
         _embedded(job.path)
     else:
         _hub(cfg, job)
+    if cfg.source == "hub" or cfg.task_folder is not None:
+        _tasks(cfg, job)
     return check(job.path)
 
 
@@ -48,19 +58,35 @@ def _embedded(path: Path) -> None:
 def _hub(cfg: Config, job: Job) -> None:
     import shutil
 
-    from nanochat_core.data.fetch import Remote, fetch, unzip
+    from nanochat_core.data.fetch import Remote, fetch, offline, unzip
     from nanochat_core.store import locked
 
     root = job.runtime.base_dir / "downloads" / "assets"
     names = {f"{BUNDLE}.zip": cfg.bundle_url, IDENTITY: cfg.identity_url, WORDS: cfg.words_url}
     remotes = [Remote(url, root / name, sha256=cfg.sha256.get(name)) for name, url in names.items()]
-    offline = os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
     with locked(root.with_name("assets.lock")):
-        fetch(remotes, offline=offline, progress=lambda done, wanted: job.record(step=done, steps=wanted))
+        fetch(remotes, offline=offline(), progress=lambda done, wanted: job.record(step=done, steps=wanted))
     unzip(root / f"{BUNDLE}.zip", job.path)
     for name in (IDENTITY, WORDS):
         shutil.copyfile(root / name, job.path / f"{name}.part")
         (job.path / f"{name}.part").replace(job.path / name)
+
+
+def _tasks(cfg: Config, job: Job) -> None:
+    from nanochat_core.data.fetch import offline
+    from nanochat_core.data.tasks import tables
+
+    folder = None if cfg.task_folder is None else Path(cfg.task_folder).expanduser()
+    for name in cfg.tasks:
+        if name not in tables.SOURCES:
+            raise ValueError(f"assets.tasks: {name!r} is not one of {', '.join(tables.SOURCES)}")
+    wanted = [(name, split) for name in cfg.tasks for split in tables.SOURCES[name].splits]
+    for i, (name, split) in enumerate(wanted):
+        path = job.path / tables.FOLDER / name / f"{split}.arrow"
+        if not path.is_file():
+            count = tables.bring(name, split, path, folder, offline=offline())
+            print(f"{name} ({split}): {count} rows", flush=True)
+        job.record(step=i + 1, steps=len(wanted))
 
 
 def check(path: Path) -> Metrics:

@@ -1,6 +1,5 @@
 """The text to pretrain on, as parquet shards shared between runs; the artefact is their list, shards.json."""
 
-import os
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -29,11 +28,11 @@ def run(cfg: Config, job: Job) -> Metrics:
     """Bring the shards and list them with sizes, hashes, rows and row groups."""
     from nanochat_core.data import shards
     from nanochat_core.data.documents import MANIFEST, Shards
+    from nanochat_core.data.fetch import offline
     from nanochat_core.store import write_whole
 
     root = job.runtime.base_dir / "downloads"
     root.mkdir(parents=True, exist_ok=True)
-    offline = os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
 
     def progress(done: int, wanted: int) -> None:
         job.record(step=done, steps=wanted)
@@ -43,11 +42,11 @@ def run(cfg: Config, job: Job) -> Metrics:
     elif isinstance(cfg.source, str) and cfg.source in HUB:
         urls = shards.hub_urls(cfg.source, cfg.count or 0, cfg.revision)
         folder = root / f"{cfg.source}-{cfg.revision}"
-        found = shards.download(urls, folder, workers=cfg.workers, offline=offline, progress=progress)
+        found = shards.download(urls, folder, workers=cfg.workers, offline=offline(), progress=progress)
     elif isinstance(cfg.source, tuple) or cfg.source.startswith(("http://", "https://")):
         urls = [cfg.source] if isinstance(cfg.source, str) else list(cfg.source)
         folder = root / f"urls-{job.fingerprint}"
-        found = shards.download(urls, folder, workers=cfg.workers, offline=offline, progress=progress)
+        found = shards.download(urls, folder, workers=cfg.workers, offline=offline(), progress=progress)
     else:
         found = shards.local(Path(cfg.source).expanduser(), root)
     found = Shards(found.train[: cfg.count], found.validation)

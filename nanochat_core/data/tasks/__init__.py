@@ -3,12 +3,19 @@
 from pathlib import Path
 
 from nanochat_core.data.tasks import (
+    arc,
     capitals,
     chitchat,
     choices,
+    custom_json,
     facts,
+    gsm8k,
+    humaneval,
     identity,
+    mmlu,
+    smoltalk,
     spelling,
+    spellingbee,
     tool_format,
     word_problems,
 )
@@ -28,11 +35,22 @@ TASKS: dict[str, Loader] = {
     "facts": facts.load,
     "choices": choices.load,
     "tool_format": tool_format.load,
+    "spellingbee": spellingbee.load,
+    # data sets that the assets stage brings
+    "arc_easy": arc.easy,
+    "arc_challenge": arc.challenge,
+    "mmlu": mmlu.load,
+    "gsm8k": gsm8k.load,
+    "humaneval": humaneval.load,
+    "smoltalk": smoltalk.load,
 }
 
 
 def load_task(name: str, split: Split, *, size: int | None = None, assets: Path | None = None) -> Task:
     """A task's rows of one split. Generators make `size` of them, data sets give their first `size`."""
+    kind, _, argument = name.partition(":")
+    if kind == "custom_json":
+        return custom_json.load(argument, size)
     if name not in TASKS:
-        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}, custom_json:PATH")
     return TASKS[name](split, size, assets)

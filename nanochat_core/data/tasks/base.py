@@ -3,7 +3,7 @@
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -79,6 +79,12 @@ def same_number(conversation: Problem, answer: str) -> bool:
     return number is not None and number == last_number(truth(conversation))
 
 
+def final_number(conversation: Problem, answer: str) -> bool:
+    """Right if both have the same number after `####`."""
+    number = last_number(answer.rpartition("####")[2]) if "####" in answer else None
+    return number is not None and number == last_number(truth(conversation).rpartition("####")[2])
+
+
 def contains_answer(conversation: Problem, answer: str) -> bool:
     """Right if the words looked for occur, whatever the case."""
     return conversation["answer"].casefold() in answer.casefold()
@@ -120,6 +126,11 @@ def generator(task: str, split: Split, index: int) -> random.Random:
 
 def rows(size: int | None, split: Split) -> int:
     return size if size is not None else UNBOUNDED if split == "train" else TEST_ROWS
+
+
+def view_size(size: int | None, rows: Sized) -> int:
+    """So many of a data set's rows, or all of them."""
+    return len(rows) if size is None else min(size, len(rows))
 
 
 def is_test(*key: str | int) -> bool:

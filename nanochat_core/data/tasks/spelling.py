@@ -1,7 +1,7 @@
 """Spelling a word and counting a letter in it: letters are what a model that sees tokens does not see.
 
-The words are a closed set of about 300. Spelling is asked alike in train and test; of the pairs of word and
-letter to count, one in eight is kept for the test.
+Without a downloaded word list the words are a closed set of about 300, and spelling is asked alike in train
+and test. Of the pairs of word and letter to count, one in eight is kept for the test.
 """
 
 import functools
@@ -9,6 +9,7 @@ import string
 from pathlib import Path
 
 from nanochat_core.data.tasks.base import (
+    UNBOUNDED,
     Problem,
     Rows,
     Split,
@@ -21,8 +22,10 @@ from nanochat_core.data.tasks.base import (
     spoken,
     text,
 )
-from nanochat_core.data.tasks.words import WORDS
+from nanochat_core.data.tasks.words import WORDS, word_list
 
+OPEN = 1_000  # words: of a list this long the model does not learn each, so one in eight is kept for the test
+STRIDE = 7919  # a prime, so that a short view is not all of one letter
 SPELL = ("Spell the word {}.", "How do you spell {}?", "Spell {}.")
 COUNT = (
     "How many times does the letter {} occur in {}?",
@@ -37,13 +40,16 @@ def spelled(word: str) -> str:
 
 def spelling(split: Split, size: int | None, assets: Path | None) -> Rows:
     """Row i asks for word i, beginning again after the last one, in one of three wordings."""
+    words = word_list(assets)
+    if len(words) >= OPEN:
+        words = tuple(word for word in words if is_test(word) == (split == "test"))
 
     def row(index: int) -> Problem:
-        word = WORDS[index * 67 % len(WORDS)]  # a stride, so that a short view is not all of one letter
+        word = words[index * STRIDE % len(words)]
         question = generator("spelling", split, index).choice(SPELL).format(word)
         return dialogue(question, spelled(word))
 
-    return Rows("spelling", size if size is not None else len(WORDS), row, same_letters)
+    return Rows("spelling", size if size is not None else min(len(words), UNBOUNDED), row, same_letters)
 
 
 def same_letters(conversation: Problem, answer: str) -> bool:

@@ -1,4 +1,7 @@
-"""Everyday words of 3 to 8 letters, few enough for a small model to learn to spell by heart."""
+"""The words to spell: 321 everyday ones that a small model can learn by heart, or the assets' own list."""
+
+import functools
+from pathlib import Path
 
 LISTED = """
 able about above actor after again agree alone angel animal answer apple april arrive artist autumn baby
@@ -24,3 +27,14 @@ visit wagon wallet walnut water weather welcome whale wheel whistle willow windo
 wooden worker yellow yogurt young zebra zipper
 """
 WORDS = tuple(LISTED.split())
+
+
+@functools.cache
+def word_list(assets: Path | None) -> tuple[str, ...]:
+    """The assets' list of words, one a line; the words above without assets."""
+    if assets is None:
+        return WORDS
+    path = assets / "words_alpha.txt"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: run the assets stage")
+    return tuple(path.read_text(encoding="utf-8").split())

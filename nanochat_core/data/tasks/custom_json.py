@@ -1,0 +1,18 @@
+"""Conversations of your own: a jsonl file, named in a mixture as custom_json:PATH."""
+
+from pathlib import Path
+
+from nanochat_core.data.tasks.base import Problem, Rows, contains_answer
+from nanochat_core.data.tasks.identity import read
+
+
+def load(path: str, size: int | None) -> Rows:
+    """Lines that are lists of messages, or objects with `messages` and perhaps the `answer` to look for."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not there: custom_json:PATH names a jsonl file of conversations")
+    listed = read(Path(path))
+
+    def row(index: int) -> Problem:
+        return listed[index]
+
+    return Rows(f"custom_json:{path}", min(size or len(listed), len(listed)), row, contains_answer)

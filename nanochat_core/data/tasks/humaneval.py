@@ -1,0 +1,38 @@
+"""HumanEval: write a Python function from its signature and docstring; right if its tests pass."""
+
+import re
+from pathlib import Path
+
+from nanochat_core.data.tasks.base import Problem, Rows, Split, dialogue, spoken, view_size
+from nanochat_core.data.tasks.program import passes
+from nanochat_core.data.tasks.tables import table
+
+FENCE = re.compile(r"```(?:python)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def load(split: Split, size: int | None, assets: Path | None) -> Rows:
+    rows = table("humaneval", split, assets)
+
+    def row(index: int) -> Problem:
+        found = rows[index]
+        problem = dialogue(found["prompt"], f"```python\n{found['prompt']}{found['canonical_solution']}\n```")
+        problem["tests"] = found["test"]
+        problem["entry_point"] = found["entry_point"]
+        return problem
+
+    return Rows("humaneval", view_size(size, rows), row, tests_pass)
+
+
+def tests_pass(conversation: Problem, answer: str) -> bool:
+    return passes(program(conversation, answer))
+
+
+def program(conversation: Problem, answer: str) -> str:
+    """The prompt's imports, the first code block of the answer (or all of it), the tests."""
+    prompt = conversation["messages"][0]["content"]
+    assert isinstance(prompt, str)
+    imports = [line for line in prompt.split("\n") if line.startswith(("import ", "from "))]
+    block = FENCE.search(spoken(answer))
+    code = block[1] if block else spoken(answer)
+    check = f"check({conversation['entry_point']})"
+    return "\n".join([*imports, code, conversation["tests"], check])

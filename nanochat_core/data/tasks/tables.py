@@ -1,0 +1,163 @@
+"""The hub's data sets that tasks are made of: where each comes from, and how its rows are read.
+
+The assets stage brings them, as Arrow files that every rank maps into memory; tasks themselves never use the
+network.
+"""
+
+import functools
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nanochat_core.data.tasks.base import Split
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FOLDER = "tasks"  # in the assets: tasks/<name>/<split>.arrow
+
+
+class Source(NamedTuple):
+    """A data set of the hub, its commit, and what its splits are called there."""
+
+    repo: str
+    config: str | None
+    revision: str
+    splits: Mapping[Split, str]
+    columns: tuple[str, ...]  # that a row must have
+
+
+SOURCES: dict[str, Source] = {
+    "arc_easy": Source(
+        "allenai/ai2_arc",
+        "ARC-Easy",
+        "210d026faf9955653af8916fad021475a3f00453",
+        {"train": "train", "test": "test"},
+        ("question", "choices", "answerKey"),
+    ),
+    "arc_challenge": Source(
+        "allenai/ai2_arc",
+        "ARC-Challenge",
+        "210d026faf9955653af8916fad021475a3f00453",
+        {"train": "train", "test": "test"},
+        ("question", "choices", "answerKey"),
+    ),
+    "mmlu": Source(
+        "cais/mmlu",
+        "all",
+        "c30699e8356da336a370243923dbaf21066bb9fe",
+        {"train": "auxiliary_train", "test": "test"},
+        ("question", "choices", "answer"),
+    ),
+    "gsm8k": Source(
+        "openai/gsm8k",
+        "main",
+        "e53f048856ff4f594e959d75785d2c2d37b678ee",
+        {"train": "train", "test": "test"},
+        ("question", "answer"),
+    ),
+    "humaneval": Source(
+        "openai/openai_humaneval",
+        None,
+        "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+        {"test": "test"},
+        ("prompt", "canonical_solution", "test", "entry_point"),
+    ),
+    "smoltalk": Source(
+        "HuggingFaceTB/smol-smoltalk",
+        None,
+        "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
+        {"train": "train", "test": "test"},
+        ("messages",),
+    ),
+}
+
+
+class Table:
+    """Rows of an Arrow file in a fixed shuffled order."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        with pa.memory_map(str(path)) as source:
+            self.rows: pa.Table = pa.ipc.open_file(source).read_all()
+        self.order = list(range(self.rows.num_rows))
+        random.Random(42).shuffle(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.rows.slice(self.order[index], 1).to_pylist()[0]
+        return row
+
+
+@functools.cache
+def table(name: str, split: Split, assets: Path | None) -> Table:
+    """A data set that the assets stage has brought."""
+    if split not in SOURCES[name].splits:
+        raise ValueError(f"{name} has no {split} split")
+    path = None if assets is None else assets / FOLDER / name / f"{split}.arrow"
+    if path is None or not path.is_file():
+        raise ValueError(
+            f"the assets hold no {name} ({split}): add it to assets.tasks, with assets.source = hub, or with "
+            f"assets.task_folder = a folder that holds {name}/{split}.parquet or .jsonl"
+        )
+    return Table(path)
+
+
+def bring(name: str, split: Split, path: Path, folder: Path | None, *, offline: bool = False) -> int:
+    """Write one split as an Arrow file, from the hub or from a folder of the user's; returns its rows."""
+    import pyarrow as pa
+
+    source = SOURCES[name]
+    rows = _from_hub(source, split, offline) if folder is None else _from_folder(folder / name, split)
+    if name == "mmlu" and rows.column_names == ["train"]:  # the hub has each row wrapped once more
+        rows = pa.Table.from_struct_array(rows.column("train").combine_chunks())
+    origin = f"{source.repo} ({source.splits[split]})" if folder is None else str(folder / name)
+    absent = [column for column in source.columns if column not in rows.column_names]
+    if absent:
+        raise ValueError(f"{origin} has no column {absent[0]!r}, only {', '.join(rows.column_names)}")
+    if rows.num_rows == 0:
+        raise ValueError(f"{origin} is empty: expected at least one row of {', '.join(source.columns)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+        writer.write_table(rows)
+    part.replace(path)
+    return int(rows.num_rows)
+
+
+def _from_hub(source: Source, split: Split, offline: bool) -> "pa.Table":
+    by_hand = "bring its rows by hand as TASK/SPLIT.parquet in a folder and set assets.task_folder"
+    if offline:
+        raise ValueError(f"NANOCHAT_OFFLINE is set and {source.repo} is on the hub: {by_hand}")
+    from datasets import load_dataset
+
+    try:
+        found = load_dataset(source.repo, source.config, split=source.splits[split], revision=source.revision)
+    except OSError as error:  # all that can go wrong on the way, a data set that is gone included
+        raise ValueError(f"{source.repo} could not be fetched ({error}): try again, or {by_hand}") from None
+    return found.with_format("arrow")[:]
+
+
+def _from_folder(folder: Path, split: Split) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parquet, jsonl = folder / f"{split}.parquet", folder / f"{split}.jsonl"
+    if parquet.is_file():
+        try:
+            return pq.read_table(parquet)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{parquet} is not a parquet file that can be read: {error}") from None
+    if not jsonl.is_file():
+        raise ValueError(f"neither {parquet} nor {jsonl.name} is there")
+    try:
+        return pa.Table.from_pylist(
+            [json.loads(line) for line in jsonl.read_text("utf-8").splitlines() if line]
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid, AttributeError) as error:
+        raise ValueError(f"{jsonl}: expected one JSON object a line ({error})") from None
