@@ -31,7 +31,9 @@ from nanochat_core.stage import Interrupted, Job, Metrics, Runtime
 Watch = Callable[[dict[str, Any]], None]
 """Called with every line of a job's metrics file, as it is written."""
 
-INTERRUPTED = 130
+INTERRUPTED = 130  # exit codes of the child
+DISK_FULL = 28
+FULL = "the disk is full; free some space and run the same command to go on"
 STOP_SECONDS = 120.0  # a stage that was told to stop gets this long for its checkpoint
 POLL_SECONDS = 0.2
 
@@ -172,6 +174,8 @@ def last_words(log: Path, begin: int, code: int) -> str:
         f.seek(begin)
         lines = f.read()[-20_000:].decode(errors="replace").strip().splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if code == DISK_FULL:
+        return FULL
     if errors:
         return errors[-1]
     if code < 0:
@@ -236,14 +240,18 @@ def git_state() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return {"commit": None, "dirty": None}
-    run = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout  # noqa: E731
     try:
         return {
-            "commit": run("rev-parse", "HEAD").strip() or None,
-            "dirty": bool(run("status", "--porcelain").strip()),
+            "commit": git("rev-parse", "HEAD") or None,
+            "dirty": bool(git("status", "--porcelain")),
         }
     except OSError:  # no git on this machine
         return {"commit": None, "dirty": None}
+
+
+def git(*words: str) -> str:
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
 
 
 # The child's side.
@@ -370,13 +378,11 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", flush=True)
         return 1
     except OSError as error:
-        traceback.print_exc()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"error: the disk is full ({error.filename or path.parent}); free some space and run the same "
-                  "command to go on", flush=True)  # fmt: skip
-        else:
-            print(f"error: {error}", flush=True)
-        return 1
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        with contextlib.suppress(OSError):  # the log is on that disk too, so the exit code says it as well
+            traceback.print_exc()
+            print(f"error: {FULL if full else error}", flush=True)
+        return DISK_FULL if full else 1
     except Exception as error:
         traceback.print_exc()
         print(f"error: {type(error).__name__}: {error}", flush=True)

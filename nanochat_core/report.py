@@ -1,4 +1,4 @@
-"""A view over finished jobs, read from their directories: what was run, what each gained, how long it took."""
+"""A view over finished jobs, read from their directories: what was run, what it gained, how long it took."""
 
 import base64
 import html

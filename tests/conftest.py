@@ -1,0 +1,56 @@
+"""What tests of several parts share: the toy table, and commands run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from toys import Toy
+
+TOY = Path(__file__).parent / "toy"
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Toy":
+    """The toy table in this process and in each that it starts."""
+    from toys import Toy, toy_table
+
+    from nanochat_core import launch, plan
+
+    table = toy_table()
+    for module in (plan, launch):
+        monkeypatch.setattr(module, "BY_NAME", table.BY_NAME)
+    monkeypatch.setattr(plan, "STAGES", table.STAGES)
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.02)
+    monkeypatch.setenv("PYTHONPATH", str(TOY))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return Toy(tmp_path / "base")
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def nanochat(tmp_path: Path) -> Command:
+    """The command in a process of its own, over the toy table and a base directory of the test's."""
+
+    def run(
+        *words: str, env: dict[str, str] | None = None, **more: Any
+    ) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli", *words],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=os.environ
+            | {"PYTHONPATH": str(TOY), "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "PREFECT_API_URL": ""}
+            | (env or {}),
+            **more,
+        )
+
+    return run
