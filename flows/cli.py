@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -261,6 +262,9 @@ def verify(
     profile: Profile,
     set_: Sets = None,
     until: Until = None,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="set damaged artefacts aside; the next run makes them again")
+    ] = False,
     base_dir: BaseDir = HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -275,14 +279,18 @@ def verify(
             rows[name] = "not made yet" if result is None else "ok"
         except store.Damaged as damage:
             rows[name] = f"damaged: {damage}"
+            if discard:
+                aside = job.path.with_name(job.path.name + ".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                job.path.rename(aside)
     again = command("run", profile, set_, None, until, base_dir)
     damaged = [name for name, found in rows.items() if found.startswith("damaged")]
     if as_json:
         print(json.dumps({"profile": profile, "stages": rows, "damaged": damaged}, indent=1))
     else:
         table(["stage", ""], [[name, found] for name, found in rows.items()])
-        if damaged:
-            again = command("run", profile, set_, damaged[:1], until, base_dir)
+        if damaged and not discard:
+            again = command("verify", profile, set_, None, until, base_dir) + " --discard"
         print(f"next: {again}")
     if damaged:
         raise typer.Exit(1)

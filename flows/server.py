@@ -1,8 +1,8 @@
 """The embedded Prefect server of a run started by hand: a process that lives exactly as long as the run.
 
 Prefect's own ephemeral server shares our process group, so that Ctrl-C ends it before the run could tell it
-anything; and it outlives a run that is killed. Ours has a session of its own, dies with its parent, and serves
-the UI.
+anything; and it outlives a run that is killed. Ours has a session of its own, dies with its parent, and
+serves the UI.
 """
 
 import atexit

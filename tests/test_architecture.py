@@ -1,0 +1,126 @@
+"""The direction of imports, and what importing must not load."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ROOT / "nanochat_core"
+
+# Each layer may import itself and those below it.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("status", "forecast"),
+    ("launch",),
+    ("plan",),
+    ("pipeline",),
+    ("stages",),
+    ("report",),
+    ("eval", "train", "chat"),
+    ("infer", "data", "optim"),
+    ("model", "tokenizer"),
+    ("progress",),
+    ("stage", "store"),
+)
+HEAVY = {
+    "torch",
+    "prefect",
+    "pyarrow",
+    "matplotlib",
+    "datasets",
+    "fastapi",
+    "transformers",
+    "tiktoken",
+    "numpy",
+}
+
+
+def imports(path: Path, *, top: bool = False) -> Iterator[str]:
+    """Every module a file imports (with `top`, only on being imported itself), as a dotted name."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    nodes = ast.walk(ast.parse(path.read_text())) if not top else on_import(ast.parse(path.read_text()).body)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: -node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            for inner in ("body", "orelse", "handlers", "finalbody"):
+                yield from on_import(getattr(node, inner, []))
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def layer(name: str) -> int | None:
+    """The height of `nanochat_core.<name>...`; None if the module is in no layer."""
+    parts = name.split(".")
+    if len(parts) < 2 or parts[0] != "nanochat_core":
+        return None
+    return next((i for i, names in enumerate(LAYERS) if parts[1] in names), None)
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", sources("nanochat_core"), ids=shown)
+def test_lower_never_imports_higher(path: Path) -> None:
+    here = layer(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if path.parent == CORE and path.stem == "__init__":
+        return
+    assert here is not None, f"{shown(path)} belongs to no layer; give it one in {__file__}"
+    for name in imports(path):
+        there = layer(name)
+        assert there is None or there >= here, f"{shown(path)} imports {name}, which is above it"
+
+
+@pytest.mark.parametrize("path", sources("nanochat_core"), ids=shown)
+def test_the_core_never_heard_of_prefect(path: Path) -> None:
+    for name in imports(path):
+        assert name.split(".")[0] not in {"prefect", "flows"}, f"{shown(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", sources("nanochat_core/model"), ids=shown)
+def test_the_model_imports_only_torch(path: Path) -> None:
+    allowed = {"torch", "nanochat_core", "safetensors", *sys.stdlib_module_names}
+    for name in imports(path):
+        assert name.split(".")[0] in allowed, f"{shown(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", sources("nanochat_core/stages"), ids=shown)
+def test_stages_load_what_is_heavy_only_when_they_run(path: Path) -> None:
+    for name in imports(path, top=True):
+        assert name.split(".")[0] not in HEAVY, f"{shown(path)} imports {name} on being imported"
+
+
+@pytest.mark.parametrize("module", ["nanochat_core.pipeline", "nanochat_core.launch", "nanochat_core.status"])
+def test_the_table_is_cheap_to_import(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_flow_does_not_load_torch() -> None:
+    code = "import sys, flows.speedrun; print(sorted({'torch', 'pyarrow', 'datasets'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("path", sources("nanochat_core", "flows"), ids=shown)
+def test_a_file_opens_with_what_it_is(path: Path) -> None:
+    text = path.read_text()
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{shown(path)} has no docstring"
