@@ -87,7 +87,7 @@ def choose(model: GPT, tokenizer: Tokenizer, asked: Sequence[Problem]) -> list[s
     device = model.lm_head.weight.device
     context = model.config.sequence_len
     prompts = [render_for_completion(tokenizer, problem)[-context:] for problem in asked]
-    candidates = [Candidate(ids, len(ids) - 1, len(ids)) for ids in prompts]
+    candidates = [[Candidate(ids, len(ids) - 1, len(ids))] for ids in prompts]
     chosen: dict[int, str] = {}
     for group in buckets(candidates, BATCH_TOKENS):
         idx = torch.full((len(group), len(prompts[group[0]])), tokenizer.bos)

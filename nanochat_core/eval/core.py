@@ -10,7 +10,7 @@ length, and only scored positions reach the head.
 import csv
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from nanochat_core.model.gpt import GPT, SOFTCAP
+from nanochat_core.model.kv_cache import KVCache
 from nanochat_core.tokenizer.bpe import Tokenizer
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
 Example = dict[str, Any]
-LogitsAt = Callable[[Tensor, Tensor, Tensor], Tensor]  # idx (B, T), rows (N,), positions (N,) -> fp32 (N, V)
 
 FIELDS: dict[Kind, dict[str, type]] = {
     "multiple_choice": {"query": str, "choices": list, "gold": int},
@@ -30,6 +30,7 @@ FIELDS: dict[Kind, dict[str, type]] = {
     "language_modeling": {"context": str, "continuation": str},
 }
 BATCH_TOKENS = 16_384  # of a forward pass, padding included
+WORTH_SHARING = 16  # tokens of a common beginning; two passes for fewer take longer than one
 
 
 class IclTask(NamedTuple):
@@ -198,24 +199,6 @@ def _cut(candidate: Candidate, context: int | None) -> Candidate:
 # -------------------------------------------------------------------------------------------------- the model
 
 
-def logits_at(model: nn.Module) -> LogitsAt:
-    """Logits of chosen positions only: over a whole context the head is most of a small model's work."""
-
-    def ours(idx: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        assert isinstance(model, GPT)
-        x = model.hidden(idx)[rows, positions]
-        logits = model.lm_head(x)[..., : model.config.vocab_size].float()
-        capped: Tensor = SOFTCAP * torch.tanh(logits / SOFTCAP)
-        return capped
-
-    def any_model(idx: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        out = model(idx)
-        logits: Tensor = getattr(out, "logits", out)  # transformers wraps them
-        return logits[rows, positions].float()
-
-    return ours if isinstance(model, GPT) else any_model
-
-
 class Span(NamedTuple):
     """What the model made of a candidate's span."""
 
@@ -225,54 +208,122 @@ class Span(NamedTuple):
 
 @torch.no_grad()
 def score(
-    logits: LogitsAt,
-    batch: Sequence[Candidate],
+    model: nn.Module,
+    groups: Sequence[Sequence[Candidate]],
     *,
-    pad: int,
     device: torch.device | str,
     batch_tokens: int = BATCH_TOKENS,
-) -> list[Span]:
-    """Score candidates in batches of similar length; padding on the right is harmless to causal attention."""
-    found: dict[int, Span] = {}
-    for group in buckets(batch, batch_tokens):
-        T = len(batch[group[0]].tokens)
-        idx = torch.full((len(group), T), pad)
-        rows: list[int] = []
-        positions: list[int] = []
-        for row, i in enumerate(group):
-            tokens, start, end = batch[i]
-            idx[row, : len(tokens)] = torch.tensor(tokens)
-            rows += [row] * (end - start)
-            positions += range(start, end)
-        where = torch.tensor(rows), torch.tensor(positions)
-        targets = idx[where].to(device)
-        z = logits(idx.to(device), where[0].to(device), (where[1] - 1).to(device))  # (N, V)
-        nll = nn.functional.cross_entropy(z, targets, reduction="none").cpu()
-        hit = (z.argmax(-1) == targets).cpu()
-        for row, i in enumerate(group):
-            mine = where[0] == row
-            found[i] = Span(nll[mine].mean().item(), bool(hit[mine].all()))
-    return [found[i] for i in range(len(batch))]
+) -> list[list[Span]]:
+    """Score the candidates of many examples, in batches of similar length.
+
+    A GPT of ours reads once what the candidates of an example begin with, and only scored positions reach its
+    head; any other module that maps (B, T) tokens to logits reads everything.
+    """
+    found: dict[int, list[Span]] = {}
+    for batch in buckets(groups, batch_tokens):
+        chosen = [groups[i] for i in batch]
+        spans = iter(_ours(model, chosen, device) if isinstance(model, GPT) else _any(model, chosen, device))
+        for i in batch:
+            found[i] = [next(spans) for _ in groups[i]]
+    return [found[i] for i in range(len(groups))]
 
 
-def buckets(batch: Sequence[Candidate], batch_tokens: int) -> Iterator[list[int]]:
-    """Neighbours by length, as many as fit into a pass; the longest first, so that too big shows at once."""
-    order = sorted(range(len(batch)), key=lambda i: -len(batch[i].tokens))
-    group: list[int] = []
-    for i in order:
-        if group and (len(group) + 1) * len(batch[group[0]].tokens) > batch_tokens:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
+def buckets(groups: Sequence[Sequence[Candidate]], batch_tokens: int) -> Iterator[list[int]]:
+    """Examples of similar length, as many as fit into a pass; longest first: too big shows at once."""
+
+    def longest(i: int) -> int:
+        return max(len(candidate.tokens) for candidate in groups[i])
+
+    batch: list[int] = []
+    rows = 0
+    for i in sorted(range(len(groups)), key=longest, reverse=True):
+        if batch and (rows + len(groups[i])) * longest(batch[0]) > batch_tokens:
+            yield batch
+            batch, rows = [], 0
+        batch.append(i)
+        rows += len(groups[i])
+    if batch:
+        yield batch
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
+    """(B, T), zeros on the right: harmless, as attention is causal."""
+    idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        idx[row, : len(tokens)] = torch.tensor(tokens)
+    return idx.to(device)
+
+
+def _scored(candidates: Sequence[Candidate], skipped: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) row, position whose logits are wanted (counted from what is skipped of the row), and target."""
+    rows = [r for r, c in enumerate(candidates) for _ in range(c.start, c.end)]
+    positions = [
+        i - 1 - skip for c, skip in zip(candidates, skipped, strict=True) for i in range(c.start, c.end)
+    ]
+    targets = [token for c in candidates for token in c.tokens[c.start : c.end]]
+    return torch.tensor(rows), torch.tensor(positions), torch.tensor(targets)
+
+
+def _spans(logits: Tensor, rows: Tensor, targets: Tensor, count: int) -> list[Span]:
+    """(N, V) logits -> one span for each of `count` rows."""
+    targets = targets.to(logits.device)
+    nll = nn.functional.cross_entropy(logits, targets, reduction="none").double().cpu()
+    missed = (logits.argmax(-1) != targets).double().cpu()
+    totals = torch.zeros(3, count, dtype=torch.float64)
+    for total, values in zip(totals, (nll, missed, torch.ones_like(nll)), strict=True):
+        total.index_add_(0, rows, values)
+    return [Span(loss / n, miss == 0) for loss, miss, n in totals.t().tolist()]
+
+
+def _any(model: nn.Module, groups: Sequence[Sequence[Candidate]], device: torch.device | str) -> list[Span]:
+    flat = [candidate for group in groups for candidate in group]
+    rows, positions, targets = _scored(flat, [0] * len(flat))
+    out = model(_padded([candidate.tokens for candidate in flat], device))
+    logits: Tensor = getattr(out, "logits", out)  # transformers wraps them
+    return _spans(logits[rows.to(device), positions.to(device)].float(), rows, targets, len(flat))
+
+
+def _ours(model: GPT, groups: Sequence[Sequence[Candidate]], device: torch.device | str) -> list[Span]:
+    flat = [candidate for group in groups for candidate in group]
+    shared = [_shared(group) for group in groups]
+    if min(shared) >= WORTH_SHARING:
+        skipped = [skip for group, skip in zip(groups, shared, strict=True) for _ in group]
+        tails = [candidate.tokens[skip:] for candidate, skip in zip(flat, skipped, strict=True)]
+        capacity = max(shared) + max(map(len, tails))
+        cache = KVCache(model.config, len(flat), capacity, device=device, dtype=model.compute_dtype)
+        sizes = torch.tensor([len(group) for group in groups], device=device)
+        firsts = sizes.cumsum(0) - sizes
+        heads = [group[0].tokens[:skip] for group, skip in zip(groups, shared, strict=True)]
+        model.hidden(_padded(heads, device), cache.select(firsts), torch.tensor(shared, device=device))
+        source = firsts.repeat_interleave(
+            sizes
+        )  # every candidate takes over what its example's first has read
+        cache.k[..., : cache.high, :] = cache.k[:, source, :, : cache.high]
+        cache.v[..., : cache.high, :] = cache.v[:, source, :, : cache.high]
+        cache.length.copy_(cache.length[source])
+        cache.previous.copy_(cache.previous[source])
+        x = model.hidden(_padded(tails, device), cache)
+    else:
+        skipped = [0] * len(flat)
+        x = model.hidden(_padded([candidate.tokens for candidate in flat], device))
+    rows, positions, targets = _scored(flat, skipped)
+    logits = model.lm_head(x[rows.to(device), positions.to(device)])[..., : model.config.vocab_size].float()
+    return _spans(SOFTCAP * torch.tanh(logits / SOFTCAP), rows, targets, len(flat))
+
+
+def _shared(group: Sequence[Candidate]) -> int:
+    """How many tokens of its candidates an example reads only once: their common beginning, without the last
+    token before a scored one, whose logits are wanted of each.
+    """
+    alike = common_prefix([candidate.tokens for candidate in group]) if len(group) > 1 else 0
+    return min(alike, *(candidate.start - 1 for candidate in group))
 
 
 # -------------------------------------------------------------------------------------------------- a verdict
 
 
 def evaluate(
-    logits: LogitsAt,
+    model: nn.Module,
     tokenizer: Tokenizer,
     task: IclTask,
     examples: Sequence[Example],
@@ -287,11 +338,9 @@ def evaluate(
     made = [
         candidates(task.kind, [[tokenizer.bos, *next(encoded)] for _ in group], context) for group in texts
     ]
-    flat = [candidate for group in made for candidate in group]
-    spans = iter(score(logits, flat, pad=tokenizer.bos, device=device, batch_tokens=batch_tokens))
+    spans = score(model, made, device=device, batch_tokens=batch_tokens)
     outcomes = []
-    for i, (example, group) in enumerate(zip(examples, made, strict=True)):
-        mine = [next(spans) for _ in group]
+    for i, (example, mine) in enumerate(zip(examples, spans, strict=True)):
         losses = [round(span.loss, 6) for span in mine]
         if task.kind == "language_modeling":
             outcomes.append(Outcome(i, mine[0].exact, losses, None))

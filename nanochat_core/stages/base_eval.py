@@ -35,7 +35,7 @@ def run(cfg: Config, job: Job) -> Metrics:
                 outcomes = [core.Outcome(**json.loads(line)) for line in done.read_text().splitlines()]
             else:
                 outcomes = core.evaluate(
-                    core.logits_at(model),
+                    model,
                     tokenizer,
                     task,
                     core.read_examples(task, cfg.max_per_task),
