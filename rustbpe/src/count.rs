@@ -13,14 +13,23 @@ use crate::{Error, Splitter};
 /// Words up to this length are keys of one machine word: their bytes below, their length on top.
 pub const SHORT: usize = 15;
 
+/// Masks of as many low bytes.
+const LOW_BYTES: [u128; SHORT + 1] = {
+    let mut masks = [0; SHORT + 1];
+    let mut len = 1;
+    while len <= SHORT {
+        masks[len] = masks[len - 1] << 8 | 0xFF;
+        len += 1;
+    }
+    masks
+};
+
 /// A short word as one number. `text[start..end]` must be at most [`SHORT`] bytes.
 #[inline(always)]
 pub fn short_key(text: &[u8], start: usize, end: usize) -> u128 {
     let len = end - start;
     let bytes = match text.get(start..start + 16) {
-        Some(sixteen) => {
-            u128::from_le_bytes(sixteen.try_into().expect("16 bytes")) & ((1u128 << (8 * len)) - 1)
-        }
+        Some(sixteen) => u128::from_le_bytes(sixteen.try_into().expect("16 bytes")) & LOW_BYTES[len],
         None => {
             let mut padded = [0; 16];
             padded[..len].copy_from_slice(&text[start..end]);

@@ -170,16 +170,21 @@ impl Encoder {
     ) -> PyResult<Bound<'py, PyList>> {
         let threads = thread_count(threads)?;
         let texts = backed(texts)?;
-        let done = py.detach(|| self.inner.encode_batch(&texts, threads))?;
-        let lists = PyList::empty(py);
-        for group in done {
-            let mut start = 0;
-            for end in group.ends {
-                lists.append(self.list(py, &group.ids[start..end]))?;
-                start = end;
-            }
-        }
-        Ok(lists)
+        let lists = PyList::empty(py).unbind();
+        py.detach(|| {
+            self.inner.encode_batch(&texts, threads, |group| {
+                Python::attach(|py| {
+                    py.check_signals()?;
+                    let mut start = 0;
+                    for end in group.ends {
+                        lists.bind(py).append(self.list(py, &group.ids[start..end]))?;
+                        start = end;
+                    }
+                    Ok::<(), PyErr>(())
+                })
+            })
+        })?;
+        Ok(lists.into_bound(py))
     }
 
     /// The bytes of the ids, joined.
