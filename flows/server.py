@@ -52,6 +52,10 @@ def prepare(base_dir: Path) -> str:
         os.environ.setdefault(key, value)
     url = configured()
     if url:
+        if not healthy(url):
+            raise ConnectionError(
+                f"the Prefect server at {url} does not answer; start it, or unset PREFECT_API_URL to bring one along"
+            )
         return url
     folder = base_dir / "prefect"
     folder.mkdir(exist_ok=True)
@@ -84,6 +88,8 @@ def healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)
+    except urllib.error.HTTPError as refused:
+        return refused.code < 500  # it is there, and wants a key
     except (urllib.error.URLError, OSError):
         return False
 

@@ -3,14 +3,13 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from toys import Toy
+    from toys import Command, Toy
 
 TOY = Path(__file__).parent / "toy"
 
@@ -32,11 +31,8 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Toy":
     return Toy(tmp_path / "base")
 
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
 @pytest.fixture
-def nanochat(tmp_path: Path) -> Command:
+def nanochat(tmp_path: Path) -> "Command":
     """The command in a process of its own, over the toy table and a base directory of the test's."""
 
     def run(

@@ -1,6 +1,8 @@
 """The toy pipeline in the hands of a test."""
 
 import signal
+import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 from nanochat_core import launch, store
 from nanochat_core import plan as plans
 
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 TOY = Path(__file__).parent / "toy"
 PROFILE = TOY / "toy.toml"
 

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Command
-from toys import PROFILE, TOY, Toy
+from toys import PROFILE, TOY, Command, Toy
 
 from flows import cli
 

@@ -1,0 +1,157 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from toys import Toy
+
+from nanochat_core import report, store
+
+
+@pytest.fixture
+def rows(toy: Toy) -> dict[str, Path]:
+    made = toy.plan(until="sft_eval")
+    toy.make(made)
+    return {name: job.path for name, job in made.jobs.items()}
+
+
+def test_the_numbers_come_from_the_results_under_their_public_names(rows: dict[str, Path]) -> None:
+    found = report.collect(rows).metrics
+    assert found["base/val_bpb_start"] == 3.2
+    assert found["base/val_bpb"] == 1.5
+    assert found["sft/chatcore"] == 0.5
+    assert found["sft/spelling"] == 0.75
+    assert "rl/reward" not in found
+
+
+def test_each_name_of_a_whole_run_is_there() -> None:
+    found = report.headline_metrics(
+        {
+            "pretrain": {"val_bpb_start": 3.2, "val_bpb": 1.6, "params": 9},
+            "base_loss": {"train_bpb": 1.4, "val_bpb": 1.5},
+            "base_eval": {"core": 0.2, "capitals": 0.4},
+            "mid_eval": {"chatcore": 0.1, "spelling": 0.3},
+            "sft_eval": {"chatcore": 0.3, "spelling": 0.9},
+            "rl": {"reward_start": 0.7, "reward": 0.8},
+            "rl_eval": {"chatcore": 0.4, "spelling": 0.9},
+        }
+    )
+    wanted = {
+        "base/val_bpb_start",
+        "base/val_bpb",
+        "base/core",
+        "mid/chatcore",
+        "sft/chatcore",
+        "rl/reward_start",
+    }
+    wanted |= {"rl/reward", "base/capitals", "mid/spelling", "sft/spelling", "rl/spelling"}
+    assert wanted <= set(found)
+    assert found["base/val_bpb"] == 1.5  # of the whole validation set, where it was measured
+
+
+def test_every_task_stands_beside_each_model_with_its_gain() -> None:
+    metrics: dict[str, float | int | str | None] = {"mid/chatcore": 0.1, "mid/spelling": 0.25}
+    metrics |= {
+        "sft/chatcore": 0.3,
+        "sft/spelling": 0.75,
+        "rl/chatcore": 0.4,
+        "rl/spelling": 0.5,
+        "rl/reward": 0.8,
+    }
+    (table,) = report.task_table(metrics)
+    assert isinstance(table, report.Table)
+    assert list(table.head) == ["task", "MID", "SFT", "RL", "gain"]
+    assert list(map(list, table.rows)) == [
+        ["spelling", "0.2500", "0.7500", "0.5000", "+0.2500"],
+        ["ChatCORE", "0.1000", "0.3000", "0.4000", "+0.3000"],
+    ]
+
+
+def test_the_page_needs_no_other_file_and_is_well_formed(rows: dict[str, Path], tmp_path: Path) -> None:
+    made = report.collect(rows)
+    report.write_report(made, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!#|data:)", page) and page.count("<svg") == 3
+
+    class Balanced(HTMLParser):
+        open: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in {"meta", "br", "img"}:
+                self.open.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: object) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    text = (tmp_path / "report.md").read_text()
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (tmp_path / name).is_file()
+
+
+def test_what_a_stage_wrote_cannot_become_markup(rows: dict[str, Path]) -> None:
+    (rows["sft"] / "samples.md").write_text("# one\n<script>alert(1)</script>\n# two\n# three\n")
+    page = report.to_html(report.collect(rows, samples=2))
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "# two" in page and "# three" not in page
+
+
+def test_interruptions_are_told(rows: dict[str, Path]) -> None:
+    attempts = [
+        {"event": "started", "time": 1.0, "previous_end": 0.0},
+        {"event": "started", "time": 50.0, "previous_end": 20.0},
+        {"event": "stopped", "time": 60.0, "why": "interrupted"},
+        {"event": "started", "time": 90.0, "previous_end": 60.0},
+        {"event": "finished", "time": 95.0},
+    ]
+    (rows["pretrain"] / "attempts.jsonl").write_text("\n".join(map(json.dumps, attempts)))
+    text = report.to_markdown(report.collect(rows))
+    assert "pretrain: its process was ended from outside" in text
+    assert "pretrain: stopped (interrupted)" in text
+    assert re.search(r"\| pretrain \| [^|]+ \| 3 \|", text)
+
+
+def test_an_unfinished_stage_is_refused(rows: dict[str, Path]) -> None:
+    (rows["mid"] / "result.json").unlink()
+    with pytest.raises(ValueError, match="is not finished"):
+        report.collect(rows)
+
+
+def test_a_resumed_curve_counts_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": 1, "loss": 5.0},
+        {"step": 2, "loss": 4.0},
+        {"step": 1, "loss": 4.5},
+        {"step": 2, "val_bpb": 2.0},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 3, "lo')
+    assert report.read_rows(path) == [{"step": 1, "loss": 4.5}, {"step": 2, "loss": 4.0, "val_bpb": 2.0}]
+    assert report.read_rows(tmp_path / "none") == []
+
+
+def test_a_curve_needs_two_points_that_are_numbers() -> None:
+    assert report.curve_svg([{"step": 1, "loss": 5.0}]) == ""
+    assert report.curve_svg([{"step": 1, "loss": 5.0}, {"step": 2, "loss": float("nan")}]) == ""
+    assert report.curve_svg([{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}]).startswith("<svg")
+
+
+def test_the_report_stage_writes_all_of_it(toy: Toy, rows: dict[str, Path], tmp_path: Path) -> None:
+    from nanochat_core.stage import Job, Runtime
+    from nanochat_core.stages import report as stage
+
+    job = Job("report", stage.Config(), rows, tmp_path / "out", Runtime(), "x")
+    job.path.mkdir()
+    metrics = stage.run(job.config, job)
+    assert metrics["base/val_bpb"] == 1.5
+    assert {str(path) for path in store.artefact_files(job.path)} >= {
+        "report.md",
+        "report.html",
+        "curves/sft.svg",
+    }
