@@ -71,10 +71,11 @@ def here(remote: Remote) -> Fetched | None:
         return None
     note = _beside(remote.path, ".sum")
     found = Fetched(remote.path, remote.path.stat().st_size, sha256(remote.path))
-    known = json.loads(note.read_text()) if note.is_file() else {"size": remote.size, "sha256": remote.sha256}
-    if known["size"] not in (None, found.size) or known["sha256"] not in (None, found.sha256):
+    noted = json.loads(note.read_text()) if note.is_file() else {}
+    sizes, hashes = {remote.size, noted.get("size")}, {remote.sha256, noted.get("sha256")}
+    if not (sizes <= {None, found.size} and hashes <= {None, found.sha256}):
         return None
-    if not note.is_file():
+    if not noted:
         _write_note(remote, found)
     return found
 

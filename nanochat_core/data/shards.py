@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -156,19 +157,54 @@ def pieces(text: str, limit: int = DOCUMENT) -> Iterator[str]:
 
 
 def download(
-    urls: Sequence[str], folder: Path, *, workers: int, offline: bool, progress: Progress | None = None
+    urls: Sequence[str], root: Path, *, workers: int, offline: bool, progress: Progress | None = None
 ) -> Shards:
-    """Parquet files by URL, the last one for validation."""
-    names = [url.split("?")[0].rsplit("/", 1)[-1] for url in urls]
-    if len(set(names)) < len(names):
-        raise ValueError("two of the URLs end in the same file name: give files with distinct names")
+    """Parquet files by URL, the last one for validation. Files that lie together there lie together here."""
     if len(urls) < 2:
         raise ValueError("one URL is not enough: the last file is kept for validation, so list at least two")
-    with locked(folder.with_name(folder.name + ".lock")):
-        remotes = [Remote(url, folder / name) for url, name in zip(urls, names, strict=True)]
+    remotes = [Remote(url, root / folder_of(url) / url.split("?")[0].rsplit("/", 1)[1]) for url in urls]
+    if len({remote.path for remote in remotes}) < len(urls):
+        raise ValueError("a URL is listed twice: the validation file must not be trained on")
+    with locked(root / f"{folder_of(urls[0])}.lock"):
         fetched = fetch(remotes, workers=workers, offline=offline, progress=progress)
     shards = [describe(file.path) for file in fetched]
     return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
+
+
+def from_filesystem(url: str, root: Path, count: int | None, *, offline: bool) -> Shards:
+    """The parquet files of a folder on any file system that fsspec knows (s3://, gs://, ...), the last by name for
+    validation."""
+    import fsspec  # type: ignore[import-untyped]
+
+    if offline:
+        raise ValueError(
+            f"NANOCHAT_OFFLINE is set: copy the parquet files of {url} to a folder and name that"
+        )
+    fs, place = fsspec.core.url_to_fs(url)
+    there = sorted(fs.glob(f"{place.rstrip('/')}/*.parquet"))
+    if len(there) < 2:
+        raise ValueError(
+            f"{url} holds {len(there)} parquet files: the last is for validation, so two are needed"
+        )
+    folder = root / folder_of(f"{url.rstrip('/')}/")
+    shards = []
+    with locked(folder.with_name(folder.name + ".lock")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in [*there[:-1][:count], there[-1]]:
+            path = folder / name.rsplit("/", 1)[-1]
+            if not path.is_file() or path.stat().st_size != fs.size(name):
+                part = path.with_name(path.name + ".part")
+                fs.get_file(name, str(part))
+                part.replace(path)
+            shards.append(describe(path))
+    return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
+
+
+def folder_of(url: str) -> str:
+    """The name of the folder that a URL's neighbours are kept in: readable, and of its own for each place."""
+    place = url.split("?")[0].rpartition("/")[0]
+    readable = re.sub(r"[^\w.]+", "-", place.partition("://")[2])[-60:].strip("-")
+    return f"{readable}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
 
 def hub_urls(name: str, count: int, revision: str) -> list[str]:

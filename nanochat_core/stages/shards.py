@@ -9,7 +9,7 @@ from nanochat_core.stage import Job, Metrics, Recipe
 
 
 class Config(Recipe):
-    source: str | tuple[str, ...] = "embedded"  # or a known data set, a folder, parquet URLs
+    source: str | tuple[str, ...] = "embedded"  # or a known data set, a folder, URLs of parquet
     count: int | None = Field(None, ge=1)  # train shards; the pinned validation shard always comes along
     revision: str = "main"  # of a known data set; a commit's hash pins it
     max_chars: int | None = Field(None, ge=10_000)  # of the embedded corpus; None: all 21 million
@@ -19,9 +19,29 @@ class Config(Recipe):
     def _bounded(self) -> "Config":
         if self.source in HUB and self.count is None:
             raise ValueError(f"{self.source} has thousands of shards: set count")
+        if isinstance(self.source, tuple) and not all(
+            u.startswith(("http://", "https://")) for u in self.source
+        ):
+            raise ValueError(
+                "a list of sources is a list of http(s) URLs of parquet files; name one local folder"
+            )
+        if self.source in ((), ""):
+            raise ValueError("source is empty")
         if self.max_chars is not None and self.source != "embedded":
             raise ValueError("max_chars belongs to the embedded corpus; limit other sources by count")
         return self
+
+
+def _urls(cfg: Config) -> list[str]:
+    """The files to download, the validation file last; none for a local source."""
+    from nanochat_core.data.shards import hub_urls
+
+    if isinstance(cfg.source, str) and cfg.source in HUB:
+        return hub_urls(cfg.source, cfg.count or 0, cfg.revision)
+    listed = (cfg.source,) if isinstance(cfg.source, str) else cfg.source
+    if not listed[0].startswith(("http://", "https://")):
+        return []
+    return [*listed[:-1][: cfg.count], listed[-1]]
 
 
 def run(cfg: Config, job: Job) -> Metrics:
@@ -34,21 +54,20 @@ def run(cfg: Config, job: Job) -> Metrics:
     root = job.runtime.base_dir / "downloads"
     root.mkdir(parents=True, exist_ok=True)
 
-    def progress(done: int, wanted: int) -> None:
-        job.record(step=done, steps=wanted)
-
     if cfg.source == "embedded":
         found = shards.embedded(root, cfg.max_chars)
-    elif isinstance(cfg.source, str) and cfg.source in HUB:
-        urls = shards.hub_urls(cfg.source, cfg.count or 0, cfg.revision)
-        folder = root / f"{cfg.source}-{cfg.revision}"
-        found = shards.download(urls, folder, workers=cfg.workers, offline=offline(), progress=progress)
-    elif isinstance(cfg.source, tuple) or cfg.source.startswith(("http://", "https://")):
-        urls = [cfg.source] if isinstance(cfg.source, str) else list(cfg.source)
-        folder = root / f"urls-{job.fingerprint}"
-        found = shards.download(urls, folder, workers=cfg.workers, offline=offline(), progress=progress)
+    elif urls := _urls(cfg):
+        found = shards.download(
+            urls,
+            root,
+            workers=cfg.workers,
+            offline=offline(),
+            progress=lambda n, of: job.record(step=n, steps=of),
+        )
+    elif isinstance(cfg.source, str) and "://" in cfg.source:
+        found = shards.from_filesystem(cfg.source, root, cfg.count, offline=offline())
     else:
-        found = shards.local(Path(cfg.source).expanduser(), root)
+        found = shards.local(Path(str(cfg.source)).expanduser(), root)
     found = Shards(found.train[: cfg.count], found.validation)
     write_whole(job.path / MANIFEST, shards.manifest(found, root))
     for shard in found.train + found.validation:

@@ -1,0 +1,143 @@
+"""The stages that download, against a server of a folder."""
+
+import functools
+import json
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat_core.data.documents import shard_list, texts
+from nanochat_core.data.shards import write_shard
+from nanochat_core.data.tasks import load_task
+from nanochat_core.stage import Job, Runtime
+from nanochat_core.stages import assets, shards
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and where it is served from."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(Quiet, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def job(base: Path, stage: str, cfg: Any) -> Job:
+    path = base / stage / "f"
+    path.mkdir(parents=True, exist_ok=True)
+    return Job(stage, cfg, {}, path, Runtime(base_dir=base), "f")
+
+
+def test_shards_come_from_urls_once_and_are_verified_with_the_artefact(
+    served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, url = served
+    names = [f"shard_{i}.parquet" for i in range(3)]
+    for i, name in enumerate(names):
+        write_shard(folder / name, [f"document {i} {j}" for j in range(8)])
+    cfg = shards.Config(source=tuple(f"{url}/{name}" for name in names))
+    first = job(tmp_path / "base", "shards", cfg)
+    shards.run(cfg, first)
+    listed = shard_list(first.path)
+    assert [shard.name for shard in listed.train + listed.validation] == names
+    assert {shard.path for shard in listed.train + listed.validation} == first.shared
+    assert len(list(texts(first.path, "train"))) == 16
+    head = shards.Config(source=cfg.source, count=1)
+    second = job(tmp_path / "base", "shards_head", head)
+    shards.run(head, second)
+    assert [s.path for s in shard_list(second.path).train] == [
+        listed.train[0].path
+    ]  # shared, not fetched again
+    for name in names:
+        (folder / name).unlink()
+    monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
+    shards.run(cfg, first)  # all is here: nothing is asked
+    listed.train[0].path.unlink()
+    with pytest.raises(
+        ValueError, match=r"NANOCHAT_OFFLINE is set and shard_0\.parquet is not here: bring http"
+    ):
+        shards.run(cfg, first)
+
+
+def test_a_download_that_is_no_shard_is_named(served: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = served
+    for name in ("a.parquet", "b.parquet"):
+        (folder / name).write_text("<html>moved</html>")
+    cfg = shards.Config(source=(f"{url}/a.parquet", f"{url}/b.parquet"))
+    with pytest.raises(ValueError, match=r"a\.parquet is not a parquet file"):
+        shards.run(cfg, job(tmp_path / "base", "shards", cfg))
+
+
+def test_downloaded_assets_are_unpacked_and_read(served: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = served
+    with zipfile.ZipFile(folder / "bundle.zip", "w") as archive:
+        listing = {"label": "t", "dataset_uri": "t.jsonl", "num_fewshot": [0], "icl_task_type": "schema"}
+        archive.writestr("eval_bundle/core.yaml", json.dumps({"icl_tasks": [listing]}))
+        archive.writestr("eval_bundle/eval_meta_data.csv", "Eval Task,Random baseline\nt,50\n")
+        example = {"context_options": ["a", "b"], "continuation": "c", "gold": 0}
+        archive.writestr("eval_bundle/eval_data/t.jsonl", json.dumps(example))
+        archive.writestr("__MACOSX/junk", "x")
+    talk = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "nanochat"}]
+    (folder / "identity.jsonl").write_text(json.dumps(talk) + "\n")
+    (folder / "words.txt").write_text("kiwi\nplum\n")
+    cfg = assets.Config(
+        source="hub",
+        bundle_url=f"{url}/bundle.zip",
+        identity_url=f"{url}/identity.jsonl",
+        words_url=f"{url}/words.txt",
+        tasks=(),
+    )
+    made = job(tmp_path / "base", "assets", cfg)
+    metrics = assets.run(cfg, made)
+    assert metrics == {"core_tasks": 1, "core_examples": 1, "identity_conversations": 1, "words": 2}
+    assert not (made.path / "__MACOSX").exists()
+    assert load_task("identity", "train", assets=made.path)[0]["messages"] == talk
+    assert assets.run(cfg, made) == metrics  # over what a killed attempt may have left
+
+    (folder / "words.txt").unlink()
+    pinned = cfg.model_copy(update={"sha256": {"words_alpha.txt": "0" * 64}})  # so the one we have is not it
+    with pytest.raises(ValueError, match=r"words\.txt answers HTTP 404"):
+        assets.run(pinned, made)
+
+
+def test_a_folder_on_another_file_system_is_copied_once(tmp_path: Path) -> None:
+    there = tmp_path / "bucket"
+    there.mkdir()
+    for i in range(3):
+        write_shard(there / f"{i}.parquet", [f"document {i}"])
+    cfg = shards.Config(source=f"file://{there}", count=1)
+    made = job(tmp_path / "base", "shards", cfg)
+    shards.run(cfg, made)
+    assert (list(texts(made.path, "train")), list(texts(made.path, "validation"))) == (
+        ["document 0"],
+        ["document 2"],
+    )
+    before = shard_list(made.path).train[0].path.stat().st_mtime_ns
+    shards.run(cfg, made)
+    assert shard_list(made.path).train[0].path.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="holds 0 parquet files"):
+        shards.run(shards.Config(source=f"file://{tmp_path}/none"), made)
+
+
+def test_a_source_that_cannot_be_meant_is_refused_at_once() -> None:
+    for source in ((), "", ("a", "b")):
+        with pytest.raises(ValueError, match="source"):
+            shards.Config(source=source)
+    with pytest.raises(ValueError, match="max_chars belongs to the embedded corpus"):
+        shards.Config(source="/somewhere", max_chars=100_000)
