@@ -172,14 +172,12 @@ def download(
 
 
 def from_filesystem(url: str, root: Path, count: int | None, *, offline: bool) -> Shards:
-    """The parquet files of a folder on any file system that fsspec knows (s3://, gs://, ...), the last by name for
+    """The parquet files of a folder on any file system that fsspec knows (s3://, gs://, ...), the last for
     validation."""
     import fsspec  # type: ignore[import-untyped]
 
     if offline:
-        raise ValueError(
-            f"NANOCHAT_OFFLINE is set: copy the parquet files of {url} to a folder and name that"
-        )
+        raise ValueError(f"NANOCHAT_OFFLINE is set: copy the files of {url} to a folder and name that")
     fs, place = fsspec.core.url_to_fs(url)
     there = sorted(fs.glob(f"{place.rstrip('/')}/*.parquet"))
     if len(there) < 2:

@@ -77,7 +77,7 @@ def counting(split: Split, size: int | None, assets: Path | None) -> Rows:
             [
                 text(f"{spelled(word)} "),
                 *call(f"'{word}'.count('{letter}')", str(number)),
-                text(f"{letter} occurs {times} in {word}: {number}"),
+                text(f"{letter} occurs {times}."),
             ],
         )
 
