@@ -25,7 +25,7 @@ from typing import Any
 
 from nanochat_core import store
 from nanochat_core.pipeline import BY_NAME
-from nanochat_core.plan import Plan, code_digest, judge, rerun_path
+from nanochat_core.plan import Plan, code_digest, judge, rerun_path, saved_step
 from nanochat_core.stage import Interrupted, Job, Metrics, Runtime
 
 Watch = Callable[[dict[str, Any]], None]
@@ -36,6 +36,8 @@ DISK_FULL = 28
 FULL = "the disk is full; free some space and run the same command to go on"
 STOP_SECONDS = 120.0  # a stage that was told to stop gets this long for its checkpoint
 POLL_SECONDS = 0.2
+# Threads of a CPU kernel sleep while they wait for each other: spinning halves the speed as soon as anything else runs.
+QUIET_WAITING = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
 
 
 class StageFailed(Exception):
@@ -44,6 +46,10 @@ class StageFailed(Exception):
     def __init__(self, stage: str, reason: str, log: Path) -> None:
         super().__init__(f"{stage} failed: {reason}")
         self.stage, self.reason, self.log = stage, reason, log
+
+
+class StageKilled(StageFailed):
+    """A stage's process was ended from outside: by the kernel short of memory, or by somebody's kill -9."""
 
 
 # The parent's side.
@@ -88,7 +94,7 @@ def launch(
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())},
+            env=os.environ | QUIET_WAITING | {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())},
         )
     rows = follow(work / "metrics.jsonl")
     try:
@@ -114,8 +120,30 @@ def launch(
         raise StageFailed(name, f"its artefact is damaged: {damage}", log) from None
     if process.returncode != 0 or result is None:
         final = log if log.exists() else job.path / "log.txt"
-        raise StageFailed(name, last_words(final, begin, process.returncode), final)
+        kind = StageKilled if process.returncode < 0 else StageFailed
+        raise kind(name, last_words(final, begin, process.returncode), final)
     return dict(result["metrics"])
+
+
+def insist(
+    plan: Plan,
+    name: str,
+    watch: Watch = lambda row: None,
+    *,
+    rerun: str | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    tries: int = 3,
+) -> Metrics:
+    """Launch, and go on from the checkpoint if the process is killed: until that happens `tries` times at one step."""
+    steps: list[int | None] = []
+    while True:
+        try:
+            return launch(plan, name, watch, rerun=rerun, stopping=stopping)
+        except StageKilled:
+            job = plan.jobs[name]
+            steps.append(saved_step(rerun_path(job)) if forced(plan, name, rerun) else saved_step(job.path))
+            if steps[-tries:].count(steps[-1]) == tries:
+                raise
 
 
 def made_by(directory: Path, rerun: str) -> bool:
