@@ -54,7 +54,7 @@ def prepare(base_dir: Path) -> str:
     if url:
         if not healthy(url):
             raise ConnectionError(
-                f"the Prefect server at {url} does not answer; start it, or unset PREFECT_API_URL to bring one along"
+                f"the Prefect server at {url} does not answer; start it, or unset PREFECT_API_URL"
             )
         return url
     folder = base_dir / "prefect"

@@ -1,6 +1,5 @@
 """The flow: one task run per row of the table, cached by fingerprint as long as the disk agrees."""
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -14,9 +13,10 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.states import Cancelled, Completed
 from pydantic import Field
 
+from flows.recovery import default_base_dir, present
 from flows.watch import Cancellation, Watch
 from nanochat_core import plan as plans
-from nanochat_core.launch import StageFailed, launch, log_tail, pending, result_of
+from nanochat_core.launch import StageFailed, insist, log_tail, pending, result_of
 from nanochat_core.pipeline import STAGES
 from nanochat_core.plan import Plan
 from nanochat_core.progress import Row, Terminal, headline, span
@@ -61,9 +61,7 @@ def speedrun(
         base_dir: where everything is kept; NANOCHAT_BASE_DIR or ~/.cache/nanochat if left empty
         accept_cost: go on although more than an hour of finished training would be left unused
     """
-    root = (
-        Path(base_dir or os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().absolute()
-    )
+    root = Path(base_dir).expanduser().absolute() if base_dir else default_base_dir()
     plan = plans.load(profile, overrides, base_dir=root, rerun=rerun, until=until)
     token = request.get() or str(runtime.flow_run.id)
     verdicts = plans.explain(plan)
@@ -82,7 +80,7 @@ def speedrun(
         shown = screen.stage(stage, why, lambda: result_of(job.path)) if screen else nullcontext(no_one)
         try:
             with shown as show, Watch(stage, job.path, show) as watch:
-                metrics = launch(plan, stage, watch.see, rerun=token, stopping=cancellation.asked)
+                metrics = insist(plan, stage, watch.see, rerun=token, stopping=cancellation.asked)
         except StageFailed as failure:
             task_log.error(f"[{stage}] {failure}\n{log_tail(failure.log)}\nits log: {failure.log}")
             raise
@@ -96,7 +94,7 @@ def speedrun(
         result_storage=root / "prefect" / "results",
     )(run_stage)
     results: dict[str, Any] = {}
-    with Cancellation() as cancellation:
+    with present(root, str(runtime.flow_run.id)), Cancellation() as cancellation:
         for name, job in plan.jobs.items():
             todo = pending(plan, name, token)
             if screen is not None and not todo:

@@ -10,6 +10,7 @@ from nanochat_core import store
 from nanochat_core.plan import Plan, Verdict, latest_run
 
 CPU_FLOPS = 15e9  # per second and core, for small models in fp32: measured on a 2.5 GHz server core
+START_SECONDS = 5.0  # a process, torch and the data, before the first step
 CUDA_FLOPS = 50e12  # per second and GPU: 40% of what a GB10 can do in bf16
 
 
@@ -38,7 +39,7 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> dict[str, Forecast]
             elif old is not None:
                 seconds = old["seconds"]
             elif flops:
-                seconds = flops / rate
+                seconds = START_SECONDS + flops / rate
             if seconds is not None and verdict.step is not None and facts.get("steps"):
                 seconds *= max(0.0, 1 - verdict.step / facts["steps"])
         done = _result(plan.jobs[name].path) if verdict.state == "hit" else old

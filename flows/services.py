@@ -1,0 +1,177 @@
+"""`nanochat up`: the Prefect server, a worker and the reconciler here, started again should they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from flows.server import SETTINGS, configured, healthy
+from nanochat_core import store
+
+POOL = "nanochat"
+DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments" / "prefect.yaml"
+STARTUP_SECONDS = 120.0
+RETENTION = {  # a ten-day run is never touched: only what has ended is deleted
+    "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": "7d",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": "90d",
+}
+
+
+def folder(base_dir: Path) -> Path:
+    return base_dir / "prefect" / "services"
+
+
+def up(base_dir: Path, port: int) -> str:
+    """Start what is not running, register the deployments; the API's address."""
+    where = folder(base_dir)
+    where.mkdir(parents=True, exist_ok=True)
+    url = configured() or f"http://127.0.0.1:{port}/api"
+    with store.locked(where / "supervisor.lock", wait=False) as free:
+        pass
+    if free:
+        own = configured() is None  # a server somewhere else is not ours to start
+        with (where / "supervisor.log").open("ab") as out:
+            subprocess.Popen(
+                [sys.executable, "-m", "flows.services", str(base_dir), url, str(port if own else 0)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | SETTINGS | RETENTION,
+            )
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while not healthy(url):
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"no Prefect server answers at {url}; its log: {where / 'server.log'}")
+        time.sleep(0.5)
+    os.environ["PREFECT_API_URL"] = url
+    register()
+    return url
+
+
+def register() -> None:
+    """The work pool, one run at a time on this machine, and a deployment for each profile."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(POOL)
+            client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=1))
+        except ObjectNotFound:
+            template = ProcessWorker.get_default_base_job_template()
+            # Console output is streamed through the worker, and would end the run with it.
+            template["variables"]["properties"]["stream_output"]["default"] = False
+            pool = WorkPoolCreate(name=POOL, type="process", concurrency_limit=1, base_job_template=template)
+            client.create_work_pool(pool)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "prefect",
+            "--no-prompt",
+            "deploy",
+            "--prefect-file",
+            str(DEPLOYMENTS),
+            "--all",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=DEPLOYMENTS.parent,
+        env=os.environ | SETTINGS | {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING"},
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the deployments could not be registered:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+def down(base_dir: Path) -> bool:
+    """End the services, if there are any; a run at work saves, and the next `up` has it go on."""
+    where = folder(base_dir)
+    with store.locked(where / "supervisor.lock", wait=False) as free:
+        if free:
+            return False
+    os.kill(int(json.loads((where / "supervisor.json").read_text())["pid"]), signal.SIGTERM)
+    with store.locked(where / "supervisor.lock"):
+        return True
+
+
+class Stop(Exception):
+    """The supervisor was told to end."""
+
+
+def supervise(base_dir: Path, url: str, port: int) -> None:
+    """Keep the services running until told to stop; the server only if it is ours (a port is given)."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stop
+
+    signal.signal(signal.SIGTERM, stop)
+    where = folder(base_dir)
+    python = [sys.executable, "-m"]
+    worker = f"prefect worker start --pool {POOL} --type process --limit 1 --install-policy never".split()
+    commands = {
+        "worker": [*python, *worker],
+        "recovery": [*python, "flows.recovery"],
+    }
+    if port:
+        start = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        commands = {"server": [*python, *start], **commands}
+    env = os.environ | {"PREFECT_API_URL": url, "NANOCHAT_BASE_DIR": str(base_dir)}
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    again: dict[str, float] = {}
+    with store.locked(where / "supervisor.lock", wait=False) as ours:
+        if not ours:
+            return
+        store.write_json(where / "supervisor.json", {"pid": os.getpid(), "url": url})
+        try:
+            while True:
+                for name, command in commands.items():
+                    process = running.get(name)
+                    if process is not None and process.poll() is None:
+                        continue
+                    if process is not None and name not in again:
+                        print(f"{name} ended with {process.returncode}; it is started again", flush=True)
+                        again[name] = time.monotonic() + 5
+                    if again.get(name, 0) <= time.monotonic() and (name == "server" or healthy(url)):
+                        again.pop(name, None)
+                        running[name] = service(name, command, where, env)
+                time.sleep(1)
+        except Stop:
+            for name in (
+                "recovery",
+                "worker",
+                "server",
+            ):  # the server last: the others have something to tell it
+                if name in running:
+                    end(running[name])
+
+
+def service(name: str, command: list[str], where: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
+    log: dict[str, Any] = {
+        "stdin": subprocess.DEVNULL,
+        "stderr": subprocess.STDOUT,
+        "start_new_session": True,
+    }
+    with (where / f"{name}.log").open("ab") as out:
+        return subprocess.Popen(command, stdout=out, env=env, **log)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    supervise(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
