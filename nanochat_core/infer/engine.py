@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanochat_core.infer.sampling import Sampler, Sampling, uniforms
 from nanochat_core.infer.tool_use import ToolCalls
-from nanochat_core.model.gpt import GPT
+from nanochat_core.model.gpt import GPT, SOFTCAP
 from nanochat_core.model.kv_cache import KVCache
 from nanochat_core.tokenizer.bpe import Tokenizer
 
@@ -228,7 +228,7 @@ class Engine:
         first_row = self.max_rows - len(cohort.prompts)
         cache = self._span(first_row, first_row + len(prompts))
         cache.high = start
-        logits = self._ready(idx, cache=cache, last=last)[:, 0]
+        logits = self._logits(idx, cache, last)
         cohort.read = start + T
         finished = sum(len(p) <= cohort.read for p in prompts)
         if finished:
@@ -243,7 +243,7 @@ class Engine:
         requests = [request for group in groups for request in group]
         source = [i for i, group in enumerate(groups) for _ in group]
         logits = torch.cat(cohort.first)[torch.tensor(source, device=self._device)]
-        self._sample(logits, requests, Sampler([request.sampling for request in requests], self._device))
+        self._sample(logits, requests, self._sampler_for(requests))
         going_on = [
             (self.max_rows - len(groups) + i, request)
             for i, request in zip(source, requests, strict=True)
@@ -257,13 +257,23 @@ class Engine:
     def _decode(self) -> None:
         rows = self._rows
         if self._sampler is None:
-            self._sampler = Sampler([request.sampling for request in rows], self._device)
+            self._sampler = self._sampler_for(rows)
         cache = self._span(0, len(rows))
         cache.high = max(len(request.prompt) + len(request.ids) for request in rows) - 1
         idx = torch.tensor([[request.ids[-1]] for request in rows], device=self._device)
-        self._sample(self._ready(idx, cache=cache)[:, 0], rows, self._sampler)
+        self._sample(self._logits(idx, cache, torch.zeros_like(idx[:, 0])), rows, self._sampler)
         if any(request.done for request in rows):
             self._keep([not request.done for request in rows])
+
+    def _logits(self, idx: Tensor, cache: KVCache, last: Tensor) -> Tensor:
+        """Logits (n, V) after position `last` of each row, not yet softcapped: the sampler does it to few."""
+        model = self._ready
+        x = model.hidden(idx, cache, last + 1)
+        x = x[torch.arange(len(x), device=x.device), last]
+        return model.lm_head(x)[:, : model.config.vocab_size]  # type: ignore[no-any-return]
+
+    def _sampler_for(self, requests: list[Request]) -> Sampler:
+        return Sampler([request.sampling for request in requests], self._device, SOFTCAP)
 
     def _sample(self, logits: Tensor, requests: list[Request], sampler: Sampler) -> None:
         uniform = torch.tensor(

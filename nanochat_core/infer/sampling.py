@@ -39,9 +39,13 @@ class Sampler:
 
     A row's token depends on its own logits, settings and random number only, never on its neighbours: rows
     with the same cut-offs are drawn together, and each draw inverts the row's own cumulative distribution.
+
+    `cap` softens the logits to cap*tanh(logits/cap), as the model would have done. That changes no order, so
+    it waits until few are left: a tanh over the whole vocabulary costs more than a layer.
     """
 
-    def __init__(self, rows: list[Sampling], device: torch.device) -> None:
+    def __init__(self, rows: list[Sampling], device: torch.device, cap: float | None = None) -> None:
+        self._cap = cap
         kinds: dict[tuple[bool, int | None, bool], list[int]] = {}
         for row, sampling in enumerate(rows):
             greedy = sampling.temperature == 0
@@ -58,30 +62,32 @@ class Sampler:
         """Tokens (n,) for logits (n, V) and one random number in [0, 1) for each row."""
         if len(self._groups) == 1:
             _, greedy, top_k, temperature, top_p = self._groups[0]
-            return logits.argmax(1) if greedy else _draw(logits, uniform, temperature, top_k, top_p)
+            return logits.argmax(1) if greedy else self._draw(logits, uniform, temperature, top_k, top_p)
         tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
         for index, greedy, top_k, temperature, top_p in self._groups:
             assert index is not None
             own = logits[index]
-            drawn = own.argmax(1) if greedy else _draw(own, uniform[index], temperature, top_k, top_p)
+            drawn = own.argmax(1) if greedy else self._draw(own, uniform[index], temperature, top_k, top_p)
             tokens[index] = drawn
         return tokens
 
-
-def _draw(
-    logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: int | None, top_p: Tensor | None
-) -> Tensor:
-    """Invert the cumulative distribution of each row at its random number: no noise over the vocabulary."""
-    ids: Tensor | None = None
-    if top_k is not None or top_p is not None:
-        vocab = logits.size(1)
-        logits, ids = logits.topk(min(top_k or vocab, vocab), dim=1)  # sorted, best first
-    probabilities = torch.softmax((logits - logits.amax(1, keepdim=True)) / temperature, dim=1)
-    if top_p is not None:
-        before = probabilities.cumsum(1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
-    cumulative = probabilities.cumsum(1, dtype=torch.float64)
-    target = uniform[:, None] * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True)  # first whose sum is beyond: never a zero one
-    place.clamp_(max=cumulative.size(1) - 1)
-    return (place if ids is None else ids.gather(1, place)).squeeze(1)
+    def _draw(
+        self, logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: int | None, top_p: Tensor | None
+    ) -> Tensor:
+        """Invert each row's cumulative distribution at its random number: no noise over the vocabulary."""
+        ids: Tensor | None = None
+        if top_k is not None or top_p is not None:
+            vocab = logits.size(1)
+            logits, ids = logits.topk(min(top_k or vocab, vocab), dim=1)  # sorted, best first
+        logits = logits.float()
+        if self._cap is not None:
+            logits = self._cap * torch.tanh(logits / self._cap)
+        probabilities = torch.softmax((logits - logits.amax(1, keepdim=True)) / temperature, dim=1)
+        if top_p is not None:
+            before = probabilities.cumsum(1) - probabilities
+            probabilities = probabilities.masked_fill(before >= top_p, 0)
+        cumulative = probabilities.cumsum(1, dtype=torch.float64)
+        target = uniform[:, None] * cumulative[:, -1:]
+        place = torch.searchsorted(cumulative, target, right=True)  # the first beyond: never a zero one
+        place.clamp_(max=cumulative.size(1) - 1)
+        return (place if ids is None else ids.gather(1, place)).squeeze(1)

@@ -38,8 +38,8 @@ def model(parrot, tokenizer):
 @pytest.fixture
 def slow(model, monkeypatch) -> None:
     """Ten seconds for 1,200 tokens, so that there is time to leave."""
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *idx, **cache: time.sleep(0.008) or forward(*idx, **cache))
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args: time.sleep(0.008) or hidden(*args))
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_the_page_never_turns_text_into_markup_and_loads_nothing() -> None:
 
 def test_an_engine_that_fails_says_so_and_serves_no_more(running, model, monkeypatch) -> None:
     client = running()
-    monkeypatch.setattr(model, "forward", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(model, "hidden", lambda *_: 1 / 0)
     failed = client.post("/v1/chat/completions", json=ASK)
     assert failed.status_code == 503 and "ZeroDivisionError" in failed.json()["error"]["message"]
     assert client.post("/v1/chat/completions", json=ASK).status_code == 503

@@ -98,7 +98,7 @@ def test_requests_join_and_leave_a_running_batch(build, tokenizer) -> None:
 def test_a_shared_prompt_is_read_once(build, tokenizer) -> None:
     model = build()
     seen: list[int] = []
-    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    model.wte.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     engine = Engine(model, tokenizer, max_rows=32)
     samplings = [Sampling(temperature=1.0, seed=i, max_tokens=3) for i in range(32)]
     answers = engine.complete([list(range(40))] * 16 + [list(range(30))] * 16, samplings)
