@@ -2,7 +2,7 @@
 
     uv run python benchmarks/decode.py [--depth 4] [--threads 2] [--json]
 
-Both have a KV cache and decode greedily, for one stream and for 16. They take turns, and a ratio is the median
+Both have a KV cache and decode greedily, one stream and 16. They take turns, and a ratio is the median
 over the rounds, so that what else the machine does falls on both alike. The model is of the `seed` preset,
 with random weights (speed does not depend on what it has learned), and reaches transformers through our
 export. The tokens of both are compared before anything is measured.
