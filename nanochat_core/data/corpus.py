@@ -69,12 +69,16 @@ def versions() -> dict[str, str]:
     return found | {name: importlib.metadata.version(name) for name in sorted(packages)}
 
 
-def documents() -> Iterator[str]:
-    """Every document of the corpus, in a fixed order: about 22 MB with both wheels."""
+def documents(small: bool = False) -> Iterator[str]:
+    """Every document of the corpus, in a fixed order: about 22 MB with both wheels.
+
+    A small corpus goes without docstrings, which take the longest to read and are the least of it.
+    """
     yield from (as_dialogue(turns) for turns in conversations())
     yield from factbook_sections()
-    yield from docstrings(_stdlib())
     yield from help_topics()
+    if not small or missing():
+        yield from docstrings(_stdlib())
     if missing():
         for name in INSTEAD:
             folder = package_folder(name)

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nanochat_core.data import corpus
@@ -22,6 +22,7 @@ from nanochat_core.store import locked, sha256, sync_directory, write_whole
 ROW_GROUP = 256  # documents; ranks take turns at row groups, so even a small shard has four
 DOCUMENT = 4_000  # characters: longer ones are cut at a line end, so that a batch sees many documents
 EMBEDDED_TRAIN = 4  # shards of about 5.2 MB of text each
+SMALL = 5_000_000  # characters of a corpus that goes without docstrings
 HELD_OUT = 0.02  # of the embedded corpus's characters, whole documents
 LOCAL_SHARD = 50_000_000  # characters of a shard made from local jsonl or txt files
 
@@ -107,7 +108,7 @@ def _fill(folder: Path, root: Path, make: Callable[[], Iterator[tuple[str, Seque
 # --------------------------------------------------------------------------------------------------- embedded
 
 
-def embedded(root: Path, max_chars: int | None = None, documents: Iterable[str] | None = None) -> Shards:
+def embedded(root: Path, max_chars: int | None = None) -> Shards:
     """The embedded corpus: four train shards, one for validation, in a folder named by their origin."""
     decided = corpus.versions() | {
         "max_chars": str(max_chars),
@@ -118,7 +119,7 @@ def embedded(root: Path, max_chars: int | None = None, documents: Iterable[str] 
         print(sentence, flush=True)
 
     def make() -> Iterator[tuple[str, Sequence[str]]]:
-        texts = list(corpus.documents() if documents is None else documents)
+        texts = list(corpus.documents(small=max_chars is not None and max_chars <= SMALL))
         train, held_out = split_documents(texts, max_chars)
         bounds = [round(i * len(train) / EMBEDDED_TRAIN) for i in range(EMBEDDED_TRAIN + 1)]
         for i, (begin, end) in enumerate(itertools.pairwise(bounds)):

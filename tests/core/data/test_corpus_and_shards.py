@@ -18,7 +18,7 @@ DOCUMENTS = [f"document {i} " + "word " * (20 * (i % 30)) for i in range(400)]
 
 @pytest.fixture(autouse=True)
 def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "documents", lambda: iter(DOCUMENTS))
+    monkeypatch.setattr(corpus, "documents", lambda small=False: iter(DOCUMENTS))
 
 
 def run_stage(base: Path, **config: Any) -> tuple[Job, dict[str, Any]]:
@@ -73,7 +73,7 @@ def test_a_smaller_corpus_has_a_folder_of_its_own(tmp_path: Path) -> None:
 
 
 def _fill(base: Path) -> None:
-    corpus.documents = lambda: iter(DOCUMENTS)
+    corpus.documents = lambda small=False: iter(DOCUMENTS)
     shards.embedded(base)
 
 
