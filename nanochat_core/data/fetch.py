@@ -8,6 +8,7 @@ import os
 import random
 import re
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +21,7 @@ from typing import IO, NamedTuple
 
 from nanochat_core.store import sha256, sync_directory, write_whole
 
-Wait = Callable[[float], None]
+Wait = Callable[[float], object]
 Progress = Callable[[int, int], None]  # files that are here, files wanted
 
 ATTEMPTS = 6  # in a row without one new byte
@@ -47,6 +48,10 @@ class Fetched(NamedTuple):
     path: Path
     size: int
     sha256: str
+
+
+class _Stopped(Exception):
+    """Another file could not be had, or the user ended it: what is under way is left where it is."""
 
 
 class _Again(Exception):
@@ -86,10 +91,11 @@ def fetch(
     workers: int = 4,
     offline: bool = False,
     timeout: float = 30.0,
-    wait: Wait = time.sleep,
+    wait: Wait | None = None,
     progress: Progress | None = None,
 ) -> list[Fetched]:
     """Bring all files, in the order given. The first one that cannot be had ends it; what arrived stays."""
+    stop = threading.Event()
 
     def bring(remote: Remote) -> Fetched:
         found = here(remote)
@@ -98,7 +104,7 @@ def fetch(
                 f"NANOCHAT_OFFLINE is set and {remote.path.name} is not here: "
                 f"bring {remote.url} by hand to {remote.path}"
             )
-        return found or fetch_one(remote, timeout=timeout, wait=wait)
+        return found or fetch_one(remote, timeout=timeout, wait=wait or stop.wait, stop=stop)
 
     found: dict[Path, Fetched] = {}
     with ThreadPoolExecutor(max_workers=workers) as pool:
@@ -110,21 +116,27 @@ def fetch(
                 if progress is not None:
                     progress(len(found), len(files))
         except BaseException:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [found[remote.path] for remote in files]
 
 
-def fetch_one(remote: Remote, *, timeout: float = 30.0, wait: Wait = time.sleep) -> Fetched:
+def fetch_one(
+    remote: Remote, *, timeout: float = 30.0, wait: Wait = time.sleep, stop: threading.Event | None = None
+) -> Fetched:
     """Bring one file, going on where an earlier attempt (or process) stopped."""
+    stop = stop or threading.Event()
     remote.path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(remote.path, ".part")
     jitter = random.Random(remote.url)
     failures = corrupt = 0
     best = part.stat().st_size if part.exists() else 0
     while True:
+        if stop.is_set():
+            raise _Stopped
         try:
-            expected = _attempt(remote, part, timeout)
+            expected = _attempt(remote, part, timeout, stop)
             size, digest = part.stat().st_size, sha256(part)
             wanted = remote.sha256 or expected
             if (remote.size in (None, size)) and (wanted in (None, digest)):
@@ -181,7 +193,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
 
 
-def _attempt(remote: Remote, part: Path, timeout: float) -> str | None:
+def _attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) -> str | None:
     """Append to `part` until the body is complete; returns the sha256 that the server vouches for, if any."""
     tag_file = _beside(part, ".etag")
     have = part.stat().st_size if part.exists() else 0
@@ -209,6 +221,8 @@ def _attempt(remote: Remote, part: Path, timeout: float) -> str | None:
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
                     got += len(chunk)
+                    if stop.is_set():
+                        raise _Stopped
                 file.flush()
                 os.fsync(file.fileno())
             if length is not None and got != int(length):

@@ -42,7 +42,7 @@ def run(cfg: Config, job: Job) -> Metrics:
         model.compute_dtype = world.dtype
         engine = Engine(model, tokenizer, max_rows=job.runtime.device_batch.get(job.stage, 64))
         for i, task in enumerate(tasks):
-            done = partial / f"{task.name}.jsonl"
+            done = partial / f"{task.name.replace('/', '-')}.jsonl"
             if done.is_file():
                 found = [chat.Answer(**json.loads(line)) for line in done.read_text().splitlines()]
             else:

@@ -189,6 +189,20 @@ def test_what_cannot_be_had_fails_loudly_within_the_budget(
     assert not (tmp_path / "shard_2").exists()
 
 
+def test_the_first_failure_ends_the_others_at_once(site: Site, tmp_path: Path) -> None:
+    def trouble(self: Hostile, name: str, attempt: int) -> bool:
+        if name == "shard_0":
+            time.sleep(0.1)
+        self.empty(404 if name == "shard_0" else 503, {"Retry-After": "60"})
+        return True
+
+    site.handler.trouble = trouble
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="shard_0 answers HTTP 404"):
+        fetch([site.remote(name, tmp_path) for name in BODY], workers=2)
+    assert time.perf_counter() - started < 5
+
+
 def test_a_stalled_connection_is_given_up_and_tried_again(site: Site, tmp_path: Path) -> None:
     def trouble(self: Hostile, name: str, attempt: int) -> bool:
         if attempt == 1:
