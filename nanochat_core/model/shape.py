@@ -24,6 +24,8 @@ class GPTConfig:
             raise ValueError(f"arch {self.arch!r} is not known; it is 'seed' or 'modern'")
         if self.n_embd % self.n_head or self.head_dim % 2:
             raise ValueError(f"{self.n_head} heads do not divide a width of {self.n_embd} into even parts")
+        if self.arch == "modern" and self.n_embd < SMEAR_CHANNELS:
+            raise ValueError(f"a modern model is at least {SMEAR_CHANNELS} wide, not {self.n_embd}; use more heads")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_kv_head} key heads do not divide {self.n_head} query heads")
 

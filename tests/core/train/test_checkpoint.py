@@ -1,0 +1,117 @@
+"""Checkpoints under bad conditions: cut short anywhere, changed, of another shape, on a full disk."""
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WORLD, tiny_model
+
+from nanochat_core.optim.schedule import Rates
+from nanochat_core.tokenizer.bpe import Tokenizer
+from nanochat_core.train import checkpoint
+from nanochat_core.train.checkpoint import Saver, TrainState
+from nanochat_core.train.setup import new_state
+
+Fresh = Callable[[], TrainState]
+
+
+@pytest.fixture
+def two(tmp_path: Path, fresh: Fresh) -> tuple[Path, TrainState]:
+    """A directory with checkpoints of steps 1 and 2."""
+    state = fresh()
+    saver = Saver(tmp_path, WORLD, keep=5)
+    for step in (1, 2):
+        state.step = state.drawn = step
+        state.cursor = {"next": step}
+        with torch.no_grad():
+            state.model.lm_head.weight.fill_(step)
+        saver.save(state)
+    saver.wait()
+    return tmp_path, state
+
+
+def resumed(directory: Path, fresh: Fresh) -> TrainState:
+    state = fresh()
+    Saver(directory, WORLD, keep=5).resume(state)
+    return state
+
+
+def test_the_newest_is_found(two: tuple[Path, TrainState], fresh: Fresh) -> None:
+    state = resumed(two[0], fresh)
+    assert (state.step, state.cursor) == (2, {"next": 2})
+    assert (state.model.lm_head.weight == 2).all()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "rank_0.safetensors", "rank_0.json", "manifest.json"])
+def test_a_file_cut_short_anywhere_leads_to_the_one_before(
+    name: str, two: tuple[Path, TrainState], fresh: Fresh
+) -> None:
+    file = two[0] / "checkpoints" / "step_00000002" / name
+    data = file.read_bytes()
+    for size in sorted({0, 1, 8, len(data) // 2, len(data.rstrip()) - 1}):  # a missing last newline changes nothing
+        file.write_bytes(data[:size])
+        assert resumed(two[0], fresh).step == 1, size
+
+
+def test_one_flipped_bit_leads_to_the_one_before(two: tuple[Path, TrainState], fresh: Fresh) -> None:
+    file = two[0] / "checkpoints" / "step_00000002" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 4
+    file.write_bytes(data)
+    assert resumed(two[0], fresh).step == 1
+
+
+def test_a_folder_never_completed_is_not_a_checkpoint(two: tuple[Path, TrainState], fresh: Fresh) -> None:
+    folder = two[0] / "checkpoints"
+    shutil.copytree(folder / "step_00000002", folder / "step_00000003.part")
+    assert resumed(two[0], fresh).step == 2
+    assert not (folder / "step_00000003.part").exists()
+
+
+def test_only_the_newest_are_kept(tmp_path: Path, fresh: Fresh) -> None:
+    state, saver = fresh(), Saver(tmp_path, WORLD, keep=2)
+    for step in range(5):
+        state.step = step
+        saver.save(state)
+    saver.wait()
+    assert [path.name for path in saver.found()] == ["step_00000004", "step_00000003"]
+
+
+def test_a_full_disk_leaves_the_last_good_one(
+    two: tuple[Path, TrainState], fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, state = two
+    saver = Saver(directory, WORLD, keep=5)
+
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    state.step = 3
+    saver.save(state)
+    with pytest.raises(OSError, match="No space left"):
+        saver.wait()
+    assert not list((directory / "checkpoints").glob("*.part"))
+    assert resumed(directory, fresh).step == 2
+
+
+def test_a_model_of_another_shape_is_refused_in_a_sentence(
+    two: tuple[Path, TrainState], tokenizer: Tokenizer
+) -> None:
+    other = new_state(tiny_model(tokenizer, "seed"), Rates(), WORLD)
+    with pytest.raises(ValueError, match="another shape"):
+        Saver(two[0], WORLD, keep=5).resume(other)
+
+
+def test_what_is_saved_is_the_state_of_that_moment(tmp_path: Path, fresh: Fresh) -> None:
+    state, saver = fresh(), Saver(tmp_path, WORLD, keep=2)
+    before = state.model.lm_head.weight.detach().clone()
+    saver.save(state)
+    with torch.no_grad():
+        state.model.lm_head.weight.add_(1.0)  # the next step, while the thread may still write
+    saver.wait()
+    assert torch.equal(resumed(tmp_path, fresh).model.lm_head.weight, before)
