@@ -1,6 +1,6 @@
 """What a chat model can do: its accuracy on each task, and ChatCORE, their mean with chance at 0."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nanochat_core.stage import Job, Metrics, Recipe
 
@@ -14,6 +14,15 @@ class Config(Recipe):
     top_k: int | None = Field(50, ge=1)
     max_tokens: int = Field(512, ge=1)  # of an answer
     seed: int = 0
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        from nanochat_core.data.tasks import check_name
+
+        if not tasks:
+            raise ValueError("tasks is empty: name at least one")
+        return tuple(check_name(name) for name in tasks)
 
 
 def run(cfg: Config, job: Job) -> Metrics:

@@ -21,7 +21,7 @@ from nanochat_core.data.tasks import (
 )
 from nanochat_core.data.tasks.base import Loader, Problem, Split, Task
 
-__all__ = ["TASKS", "Problem", "Split", "Task", "load_task"]
+__all__ = ["TASKS", "Problem", "Split", "Task", "check_name", "load_task"]
 
 TASKS: dict[str, Loader] = {
     # generated, need no network
@@ -46,11 +46,15 @@ TASKS: dict[str, Loader] = {
 }
 
 
+def check_name(name: str) -> str:
+    """The name, if a task has it: to be asked before a run begins, not days later."""
+    if name not in TASKS and not name.startswith("custom_json:"):
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}, custom_json:PATH")
+    return name
+
+
 def load_task(name: str, split: Split, *, size: int | None = None, assets: Path | None = None) -> Task:
     """A task's rows of one split. Generators make `size` of them, data sets give their first `size`."""
+    check_name(name)
     kind, _, argument = name.partition(":")
-    if kind == "custom_json":
-        return custom_json.load(argument, size)
-    if name not in TASKS:
-        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}, custom_json:PATH")
-    return TASKS[name](split, size, assets)
+    return custom_json.load(argument, size) if kind == "custom_json" else TASKS[name](split, size, assets)

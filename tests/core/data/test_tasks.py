@@ -12,6 +12,7 @@ from nanochat_core.data.tasks import TASKS, Problem, Task, load_task
 from nanochat_core.data.tasks.base import last_number, multiple_choice
 from nanochat_core.data.tasks.word_problems import evaluate
 from nanochat_core.infer.tool_use import calculate
+from nanochat_core.stages import chat_eval
 from nanochat_core.tokenizer.chat import render_conversation
 
 GENERATED = (
@@ -183,6 +184,8 @@ def test_an_unknown_task_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no task 'capitols'; the tasks are .*capitals"):
         load_task("capitols", "train")
     assert set(GENERATED) <= set(TASKS)
+    with pytest.raises(ValueError, match="no task 'capitols'"):  # before anything runs
+        chat_eval.Config(tasks=("capitals", "capitols"))
 
 
 def test_identity_reads_the_assets_of_a_real_run(tmp_path: Path) -> None:
