@@ -1,8 +1,8 @@
 """The reconciler: finds flow runs of ours whose process is gone, and puts the same runs back on the queue.
 
 After a power cut Prefect shows a run as running for ever; its own automations guess by the clock and can
-start a second trainer. This one goes by evidence: each flow process holds a lock that the kernel drops with it,
-and leaves a record of the machine it is on. Only runs of deployments, on this machine, are touched.
+start a second trainer. This one goes by evidence: each flow process holds a lock that the kernel drops with
+it, and leaves a record of the machine it is on. Only runs of deployments, on this machine, are touched.
 """
 
 import argparse
