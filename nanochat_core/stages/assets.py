@@ -74,8 +74,10 @@ def _hub(cfg: Config, job: Job) -> None:
 
 def _tasks(cfg: Config, job: Job) -> None:
     from nanochat_core.data.fetch import offline
-    from nanochat_core.data.tasks import tables
+    from nanochat_core.data.tasks import humaneval, tables
 
+    if "humaneval" in cfg.tasks:
+        humaneval.check_sandbox()
     folder = None if cfg.task_folder is None else Path(cfg.task_folder).expanduser()
     for name in cfg.tasks:
         if name not in tables.SOURCES:

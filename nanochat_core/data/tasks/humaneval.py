@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 from nanochat_core.data.tasks.base import Problem, Rows, Split, dialogue, spoken, view_size
-from nanochat_core.data.tasks.program import passes
 from nanochat_core.data.tasks.tables import table
+from nanochat_core.infer.sandbox import run_program
+
+SECONDS = 6.0  # for a program and its tests
+MEMORY_MB = 1024  # some need 200 beside the interpreter
 
 FENCE = re.compile(r"```(?:python)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 
@@ -24,7 +27,12 @@ def load(split: Split, size: int | None, assets: Path | None) -> Rows:
 
 
 def tests_pass(conversation: Problem, answer: str) -> bool:
-    return passes(program(conversation, answer))
+    return run_program(program(conversation, answer), seconds=SECONDS, memory_mb=MEMORY_MB).error is None
+
+
+def check_sandbox() -> None:
+    """Programs must be able to run here; if not, better to know before any training."""
+    run_program("", seconds=SECONDS, memory_mb=MEMORY_MB)
 
 
 def program(conversation: Problem, answer: str) -> str:

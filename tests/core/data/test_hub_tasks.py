@@ -1,5 +1,6 @@
 """The tasks of the hub's data sets, on small files of the same schema."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_core.data.tasks import Problem, load_task
+from nanochat_core.data.tasks import humaneval as humaneval_task
 from nanochat_core.data.tasks.base import truth
 from nanochat_core.data.tasks.gsm8k import parts
-from nanochat_core.data.tasks.program import passes
+from nanochat_core.infer import sandbox
 from nanochat_core.stage import Job, Runtime
 from nanochat_core.stages import assets
 
@@ -49,6 +51,13 @@ def write(path: Path, rows: list[Any]) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.fixture(autouse=True)
+def weaker_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These programs are ours: the tests run them on machines without bubblewrap, too."""
+    weaker = functools.partial(sandbox.run_program, allow_weaker=True)
+    monkeypatch.setattr(humaneval_task, "run_program", weaker)
 
 
 @pytest.fixture
@@ -142,39 +151,25 @@ def test_programs_are_taken_from_the_first_code_block_with_the_prompts_imports(b
     assert not task.correct(asked, "```python\ndef f(x):\n    return x + 1\n```")
 
 
-def test_programs_that_need_200_mb_and_a_second_pass() -> None:
-    assert passes(
-        "import time\nx = [0] * 25_000_000\ntime.sleep(1)\nassert len(set(range(1_000_000))) == 1_000_000"
-    )
+def test_programs_that_need_200_mb_and_a_second_pass_and_those_that_leave_early_fail(brought: Path) -> None:
+    task = load_task("humaneval", "test", assets=brought)
+    asked = humaneval("def check(f):\n    assert f(25_000_000) == 25_000_000\n")
+    heavy = "import time\ndef f(x):\n    time.sleep(1)\n    return len([0] * x)"
+    assert task.correct(asked, heavy)
+    assert not task.correct(asked, "raise SystemExit(0)")
+    assert not task.correct(asked, "import os; os._exit(0)")
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "while True: pass",
-        "x = bytearray(1 << 31)",
-        "raise SystemExit(3)",
-        "raise SystemExit(0)",
-        "import os; os._exit(0)",
-        "syntax error",
-        "import torch",
-        "open('big', 'wb').write(b'x' * (2 << 20))",
-        "input()",
-    ],
-)
-def test_programs_that_misbehave_fail(program: str) -> None:
-    assert not passes(program, seconds=0.8)
+def test_a_machine_that_cannot_run_programs_says_so_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise sandbox.NoSandbox("bubblewrap is missing")
 
-
-def test_what_a_program_starts_ends_with_it(tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    started = f"import time; time.sleep(2); open({str(marker)!r}, 'w')"
-    program = f"import os, sys\nif os.fork() == 0:\n    exec({started!r})\n"
-    assert passes(program)
-    import time
-
-    time.sleep(2.2)
-    assert not marker.exists()
+    monkeypatch.setattr(humaneval_task, "run_program", refuse)
+    cfg = assets.Config(task_folder=str(tmp_path))
+    with pytest.raises(ValueError, match="bubblewrap is missing"):
+        assets._tasks(cfg, Job("assets", cfg, {}, tmp_path, Runtime(base_dir=tmp_path), "f"))
 
 
 def test_spellingbee_train_and_test_share_no_word_and_letter(tmp_path: Path) -> None:
