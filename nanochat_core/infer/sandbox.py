@@ -1,10 +1,10 @@
 """Runs a program that a model wrote, where it can do no harm: for HumanEval and for rewards from code.
 
 Each program gets a fresh interpreter (not a fork of this process) in namespaces of its own, made by
-bubblewrap: no network, no processes but its own, a file system that holds Python and nothing else and cannot be
-written. In there it limits its own memory, time and files, and gives up by seccomp what starts processes, opens
-sockets or looks into others. Without bubblewrap the walls around files are missing, and that is refused unless
-it is asked for.
+bubblewrap: no network, no processes but its own, a file system that holds Python and nothing else, which it
+cannot write. In there it limits its own memory, time and files, and gives up by seccomp what starts
+processes, opens sockets or looks into others. Without bubblewrap the walls around files are missing; that
+is refused unless asked for.
 """
 
 import contextlib
@@ -71,9 +71,9 @@ exec(compile(program, "program", "exec"), {"__name__": "__main__"})
 finish()
 """
 
-# fork vfork clone clone3 execve execveat ptrace socket socketpair kill tkill tgkill process_vm_readv and -writev
-# unshare setns mount bpf perf_event_open keyctl add_key request_key userfaultfd io_uring_setup pidfd_open
-# pidfd_send_signal
+# fork vfork clone clone3 execve execveat ptrace socket socketpair kill tkill tgkill process_vm_readv
+# process_vm_writev unshare setns mount bpf perf_event_open keyctl add_key request_key userfaultfd
+# io_uring_setup pidfd_open pidfd_send_signal
 X86 = (57, 58, 56, 435, 59, 322, 101, 41, 53, 62, 200, 234, 310, 311, 272, 308, 165, 321, 298, 250, 248, 249)
 ARM = (220, 435, 221, 281, 117, 198, 199, 129, 130, 131, 270, 271, 97, 268, 40, 280, 241, 219, 217, 218)
 BOTH = (425, 434, 424)

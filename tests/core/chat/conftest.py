@@ -1,15 +1,23 @@
 """A base_dir with a real tokenizer and a tiny model in it, as the stages leave them."""
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+import uvicorn
 from safetensors.torch import save_file
 
+from nanochat_core.chat.web import Limits, create_app
+from nanochat_core.infer.engine import Engine
 from nanochat_core.model.gpt import GPT, write_config
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.tokenizer.bpe import Tokenizer, train
@@ -64,3 +72,46 @@ def parrot(tokenizer: Tokenizer) -> Callable[..., GPT]:
         return model
 
     return parrot
+
+
+@pytest.fixture
+def model(parrot, tokenizer):
+    """Answers `so 12*3 36 ok` in a chat, and after the letter Q letters without end."""
+    special, encode = tokenizer.special, tokenizer.encode
+    call = [special("<|python_start|>"), *encode("12*3"), special("<|python_end|>")]
+    return parrot(
+        [special("<|assistant_start|>"), *encode("so"), *call],
+        [special("<|output_end|>"), *encode(" ok"), special("<|assistant_end|>")],
+        encode("QWERTYQ"),
+    )
+
+
+@pytest.fixture
+def slow(model, monkeypatch) -> None:
+    """Ten seconds for 1,200 tokens, so that there is time to leave."""
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args: time.sleep(0.008) or hidden(*args))
+
+
+@pytest.fixture
+def running(model, tokenizer) -> Iterator[Callable[..., httpx.Client]]:
+    """Starts a server on a free port; gives a client of it."""
+    with contextlib.ExitStack() as stack:
+
+        def run(
+            *, rows: int = 4, context: int = 1280, token: str | None = None, **limits: float
+        ) -> httpx.Client:
+            engine = Engine(model, tokenizer, max_rows=rows, context=context)
+            app = create_app(engine, "tiny", token=token, limits=Limits(**limits))
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
+            server = uvicorn.Server(config)
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(lambda: setattr(server, "should_exit", True))
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            return stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=20))
+
+        yield run

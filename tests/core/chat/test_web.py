@@ -1,13 +1,12 @@
 """The server over a real socket: OpenAI's shapes, its limits, and clients that leave."""
 
 import asyncio
-import contextlib
 import json
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -15,55 +14,11 @@ import pytest
 import uvicorn
 
 from nanochat_core.chat.load import Loaded
-from nanochat_core.chat.web import PAGE, Limits, create_app, serve
-from nanochat_core.infer.engine import Engine
+from nanochat_core.chat.web import PAGE, serve
 
 LONG = {"role": "user", "content": "go on"}
 CALL = {"type": "python", "text": "1"}
 ASK = {"messages": [{"role": "user", "content": "what?"}], "temperature": 0}
-
-
-@pytest.fixture
-def model(parrot, tokenizer):
-    """Answers `so 12*3 36 ok` in a chat, and after the letter Q letters without end."""
-    special, encode = tokenizer.special, tokenizer.encode
-    call = [special("<|python_start|>"), *encode("12*3"), special("<|python_end|>")]
-    return parrot(
-        [special("<|assistant_start|>"), *encode("so"), *call],
-        [special("<|output_end|>"), *encode(" ok"), special("<|assistant_end|>")],
-        encode("QWERTYQ"),
-    )
-
-
-@pytest.fixture
-def slow(model, monkeypatch) -> None:
-    """Ten seconds for 1,200 tokens, so that there is time to leave."""
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *args: time.sleep(0.008) or hidden(*args))
-
-
-@pytest.fixture
-def running(model, tokenizer) -> Iterator[Callable[..., httpx.Client]]:
-    """Starts a server on a free port; gives a client of it."""
-    with contextlib.ExitStack() as stack:
-
-        def run(
-            *, rows: int = 4, context: int = 1280, token: str | None = None, **limits: float
-        ) -> httpx.Client:
-            engine = Engine(model, tokenizer, max_rows=rows, context=context)
-            app = create_app(engine, "tiny", token=token, limits=Limits(**limits))
-            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
-            server = uvicorn.Server(config)
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(lambda: setattr(server, "should_exit", True))
-            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-            headers = {"Authorization": f"Bearer {token}"} if token else {}
-            return stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=20))
-
-        yield run
 
 
 def events(response: httpx.Response) -> list[dict]:
