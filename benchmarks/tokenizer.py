@@ -4,8 +4,8 @@
 
 Every measurement is a process of its own on the same documents, vocabulary and number of threads; the
 peers take turns, and a ratio is the median over the rounds, so that what else the machine does falls on
-all alike. Ids are counted when they are Python lists: on one thread each document's is dropped before the
-next, as a loader does; a batch is kept whole. Memory is what a process needs beyond the documents (Linux).
+all alike. Ids are counted when they are Python lists; a document's, or a batch's, are dropped before the
+next, as a loader does. Memory is what a process needs beyond the documents themselves (Linux only).
 """
 
 import argparse
@@ -20,10 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 PIECE = 10_000  # characters a document, the tokenizer stage's doc_cap
+BATCH = 1024  # documents handed over at a time, a row group of the shards
 TEXT_FILES = {".py", ".md", ".rst", ".txt", ".html", ".json", ".jsonl"}
 Ids = list[list[int]]
 
@@ -120,30 +122,31 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def encode(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Encode the documents one by one on one thread."""
     documents = load(args.work)
-    encode_one = ENCODERS[name](documents, args)
-    before = reset_peak()
-    start = time.perf_counter()
-    tokens = sum(len(encode_one(document)) for document in documents)
-    seconds = time.perf_counter() - start
-    memory = peak() - before if before else None
-    return {
-        "seconds": seconds,
-        "memory": memory,
-        "digest": digest(map(encode_one, documents)),
-        "tokens": tokens,
-    }
+    encode_one = ENCODERS[name](args)
+    return encoding(documents, lambda: map(encode_one, documents))
 
 
 def encode_batch(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Encode the documents as one batch on all threads."""
+    """Encode the documents in batches on all threads; ours on one too, to see what the others bring."""
     documents = load(args.work)
-    encode_all = BATCH_ENCODERS[name](args)
+    batches = [documents[i : i + BATCH] for i in range(0, len(documents), BATCH)]
+    found: dict[str, Any] = {}
+    for threads in (1, args.threads) if name == "ours" else (args.threads,):
+        encode_all = BATCH_ENCODERS[name](args, threads)
+        found = encoding(documents, lambda: chain.from_iterable(map(encode_all, batches))) | {  # noqa: B023
+            "alone": found.get("seconds")
+        }
+    return found
+
+
+def encoding(documents: list[str], ids: Callable[[], Iterable[list[int]]]) -> dict[str, Any]:
+    """Time and memory to make all ids, and, apart from that, what they are."""
     before = reset_peak()
     start = time.perf_counter()
-    ids = encode_all(documents)
+    tokens = sum(map(len, ids()))
     seconds = time.perf_counter() - start
     memory = peak() - before if before else None
-    return {"seconds": seconds, "memory": memory, "digest": digest(ids), "tokens": sum(map(len, ids))}
+    return {"seconds": seconds, "memory": memory, "digest": digest(ids()), "tokens": tokens}
 
 
 MEASUREMENTS: dict[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
@@ -264,33 +267,33 @@ def huggingface(args: argparse.Namespace) -> Any:
         return Tokenizer.from_file(f"{folder}/tokenizer.json")
 
 
-def encoder_huggingface(documents: list[str], args: argparse.Namespace) -> Callable[[str], list[int]]:
+def encoder_huggingface(args: argparse.Namespace) -> Callable[[str], list[int]]:
     tokenizer = huggingface(args)
     return lambda text: tokenizer.encode(text).ids
 
 
-def batch_encoder_huggingface(args: argparse.Namespace) -> Callable[[list[str]], Ids]:
+def batch_encoder_huggingface(args: argparse.Namespace, threads: int) -> Callable[[list[str]], Ids]:
     tokenizer = huggingface(args)
     return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
 
 
-def batch_encoder_ours(args: argparse.Namespace) -> Callable[[list[str]], Ids]:
+def batch_encoder_ours(args: argparse.Namespace, threads: int) -> Callable[[list[str]], Ids]:
     tokenizer = our_tokenizer(args)
-    return lambda texts: tokenizer.encode_batch(texts, args.threads)
+    return lambda texts: tokenizer.encode_batch(texts, threads)
 
 
-def batch_encoder_tiktoken(args: argparse.Namespace) -> Callable[[list[str]], Ids]:
+def batch_encoder_tiktoken(args: argparse.Namespace, threads: int) -> Callable[[list[str]], Ids]:
     encoding = our_tokenizer(args).to_tiktoken()
-    return lambda texts: encoding.encode_ordinary_batch(texts, num_threads=args.threads)
+    return lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads)
 
 
-ENCODERS: dict[str, Callable[[list[str], argparse.Namespace], Callable[[str], list[int]]]] = {
-    "ours": lambda documents, args: our_tokenizer(args).encode,
-    "rustbpe": lambda documents, args: train_rustbpe(documents, args.vocab_size, 1).encode,  # it cannot load
+ENCODERS: dict[str, Callable[[argparse.Namespace], Callable[[str], list[int]]]] = {
+    "ours": lambda args: our_tokenizer(args).encode,
+    "rustbpe": lambda args: train_rustbpe(load(args.work), args.vocab_size, 1).encode,  # it cannot load
     "tokenizers": encoder_huggingface,
-    "tiktoken": lambda documents, args: our_tokenizer(args).to_tiktoken().encode_ordinary,
+    "tiktoken": lambda args: our_tokenizer(args).to_tiktoken().encode_ordinary,
 }
-BATCH_ENCODERS: dict[str, Callable[[argparse.Namespace], Callable[[list[str]], Ids]]] = {
+BATCH_ENCODERS: dict[str, Callable[[argparse.Namespace, int], Callable[[list[str]], Ids]]] = {
     "ours": batch_encoder_ours,
     "tokenizers": batch_encoder_huggingface,
     "tiktoken": batch_encoder_tiktoken,
@@ -373,8 +376,7 @@ def verdict(
     def of(kind: str, name: str, key: str) -> Any:
         return rows[kind, name][key] if (kind, name) in rows else None
 
-    alone, together = (results.get((kind, "ours"), []) for kind in ("encode", "encode_batch"))
-    scaling = [one["seconds"] / all_["seconds"] for one, all_ in zip(alone, together, strict=True)]
+    scaling = [run["alone"] / run["seconds"] for run in results.get(("encode_batch", "ours"), [])]
     return {
         "mb": size / 1e6,
         "vocab_size": args.vocab_size,
