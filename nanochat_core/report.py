@@ -15,6 +15,7 @@ from nanochat_core.progress import count, headline, span
 from nanochat_core.stage import Metrics
 
 CURVE_POINTS = 1500  # of one curve; more cannot be seen
+SMOOTH_FROM = 100  # points; a curve of more is drawn with its running mean
 MODELS = ("base", "mid", "sft", "rl")
 EVALUATIONS = {"base_eval": "base", "mid_eval": "mid", "sft_eval": "sft", "rl_eval": "rl"}
 SCORES = {"base_eval": "core", "mid_eval": "chatcore", "sft_eval": "chatcore", "rl_eval": "chatcore"}
@@ -184,7 +185,8 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
             Text(f"{size}{seen}, in {span(sum(row.result['seconds'] for row in rows.values()))} of work.")
         )
     if lines:
-        blocks.append(Table(["stage", "measure", "before", "after", "gain"], lines))
+        blocks.append(Table(["stage", "measure", "before", "after", "change"], lines))
+        blocks.append(Text("Of bits per byte and loss less is better, of everything else more."))
     return blocks
 
 
@@ -209,11 +211,12 @@ def task_table(metrics: Metrics) -> list[Block]:
 def core_table(rows: Mapping[str, Finished]) -> list[Block]:
     measured = rows["base_eval"].metrics if "base_eval" in rows else {}
     lines = [
-        [MEASURES.get(key, key), number(value)]
+        [MEASURES.get(key, key), number(measured.get(f"{key}_accuracy")), number(value)]
         for key, value in measured.items()
-        if isinstance(value, int | float)
+        if isinstance(value, int | float) and not key.endswith("_accuracy")
     ]
-    return [Table(["task", "BASE"], lines)] if lines else []
+    note = "The score is the accuracy, centred so that guessing is 0 and always being right is 1."
+    return [Table(["task", "accuracy", "score"], lines), Text(note)] if lines else []
 
 
 def sample_quotes(rows: Mapping[str, Finished], most: int) -> list[Block]:
@@ -341,12 +344,27 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Any:
     figure = Figure(figsize=(3.1 * len(panels), 2.3), layout="constrained")
     for i, (title, points) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1)
-        axes.plot(*zip(*points, strict=True), color="#33507a", linewidth=1.1)
+        noisy = len(points) > SMOOTH_FROM
+        axes.plot(*zip(*points, strict=True), color="#33507a", linewidth=1.1, alpha=0.3 if noisy else 1)
+        if noisy:
+            axes.plot(
+                [step for step, _ in points], smoothed([y for _, y in points]), color="#33507a", linewidth=1.3
+            )
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.5)
     return figure
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """A running mean that forgets over a fiftieth of the curve."""
+    keep = 1 - 50 / len(values)
+    mean, out = values[0], []
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        out.append(mean)
+    return out
 
 
 def finite(value: Any) -> bool:
