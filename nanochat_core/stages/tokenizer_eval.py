@@ -86,6 +86,7 @@ def bytes_per_token(encode: Encode, texts: Iterable[str]) -> float | None:
 def tiktoken_encoding(name: str, *, offline: bool) -> "tiktoken.Encoding | str":
     """An encoding from tiktoken's cache or, unless offline, its source; a sentence if it cannot be had."""
     import urllib.request
+    from http.client import HTTPException
 
     import tiktoken
     import tiktoken.load
@@ -102,7 +103,7 @@ def tiktoken_encoding(name: str, *, offline: bool) -> "tiktoken.Encoding | str":
     tiktoken.load.read_file = fetch  # tiktoken's own waits for an answer as long as it takes
     try:
         return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # ValueError: what came is not what its hash says
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: what came is not what its hash says
         return f"{name} could not be loaded: {error}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiktoken.load
 
 from nanochat_core.stage import Job, Recipe, Runtime
 from nanochat_core.stages import shards, tokenizer, tokenizer_eval
@@ -75,6 +76,7 @@ def test_tokenizer_eval_measures_seven_kinds_and_says_who_is_missing(
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setattr("tiktoken.load.read_file", tiktoken.load.read_file)  # put back after the test
     trained, _ = run(tokenizer, tokenizer.Config(vocab_size=600), tmp_path / "base", text=text)
     path, metrics = run(
         tokenizer_eval, tokenizer_eval.Config(), tmp_path / "base", text=text, tokenizer=trained
