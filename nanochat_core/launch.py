@@ -1,8 +1,9 @@
 """Runs one job in a process of its own: `python -m nanochat_core.launch JOB_DIR/job.json`.
 
-The parent starts the child in a session of its own, follows its metrics file and never shares a pipe with it, so a parent
-that dies takes nothing along: the child is told by the kernel, saves a checkpoint and ends. Everything is in the job's
-directory: job.json (what to do), log.txt (what was said), metrics.jsonl (how far it is), result.json (that it is done).
+The parent starts the child in a session of its own, follows its metrics file and never shares a pipe with it,
+so a parent that dies takes nothing along: the child is told by the kernel, saves a checkpoint and ends.
+Everything is in the job's directory: job.json (what to do), log.txt (what was said), metrics.jsonl (how far
+it is), result.json (that it is done).
 """
 
 import contextlib
@@ -36,7 +37,8 @@ DISK_FULL = 28
 FULL = "the disk is full; free some space and run the same command to go on"
 STOP_SECONDS = 120.0  # a stage that was told to stop gets this long for its checkpoint
 POLL_SECONDS = 0.2
-# Threads of a CPU kernel sleep while they wait for each other: spinning halves the speed as soon as anything else runs.
+# Threads of a CPU kernel sleep while they wait for each other: spinning halves the speed as soon as
+# anything else runs.
 QUIET_WAITING = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
 
 
@@ -134,7 +136,8 @@ def insist(
     stopping: Callable[[], bool] = lambda: False,
     tries: int = 3,
 ) -> Metrics:
-    """Launch, and go on from the checkpoint if the process is killed: until that happens `tries` times at one step."""
+    """Launch, and go on from the checkpoint if the process is killed: until that happens `tries` times at one
+    step."""
     steps: list[int | None] = []
     while True:
         try:
@@ -163,7 +166,8 @@ def result_of(directory: Path) -> Metrics:
 
 
 def follow(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The lines added to a metrics file from now on; None when there is none yet. A resumed stage may shorten the file."""
+    """The lines added to a metrics file from now on; None when there is none yet. A resumed stage may shorten
+    the file."""
     position = path.stat().st_size if path.exists() else 0
     while True:
         try:
@@ -227,7 +231,8 @@ def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
         result = store.read_result(job.inputs[role])
         if result is None:
             raise ValueError(
-                f"{name} reads {row}, which is not finished; run it first: nanochat stage {row} {plan.profile}"
+                f"{name} reads {row}, which is not finished; run it first: "
+                f"nanochat stage {row} {plan.profile}"
             )
         inputs[role] = {
             "stage": row,
@@ -286,7 +291,8 @@ def git(*words: str) -> str:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for a SIGTERM should the parent die; on a system that cannot, the parent's stop() is all there is."""
+    """Ask the kernel for a SIGTERM should the parent die; on a system that cannot, the parent's stop() is all
+    there is."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         parent = os.environ.get("NANOCHAT_PARENT")

@@ -19,7 +19,9 @@ from nanochat_core.stages import (
 
 STAGES = (
     Stage("assets", assets),
-    Stage("shards_head", shards),  # as many shards as the tokenizer reads, so that it need not wait for all of them
+    Stage(
+        "shards_head", shards
+    ),  # as many shards as the tokenizer reads, so that it need not wait for all of them
     Stage("shards", shards),
     Stage("tokenizer", tokenizer, reads={"text": "shards_head"}),
     Stage("tokenizer_eval", tokenizer_eval, reads={"text": "shards", "tokenizer": "tokenizer"}),
@@ -44,7 +46,10 @@ STAGES = (
         device=True,
     ),
     Stage(
-        "mid_eval", chat_eval, reads={"model": "mid", "tokenizer": "tokenizer", "assets": "assets"}, device=True
+        "mid_eval",
+        chat_eval,
+        reads={"model": "mid", "tokenizer": "tokenizer", "assets": "assets"},
+        device=True,
     ),
     Stage(
         "sft",
@@ -54,7 +59,10 @@ STAGES = (
         device=True,
     ),
     Stage(
-        "sft_eval", chat_eval, reads={"model": "sft", "tokenizer": "tokenizer", "assets": "assets"}, device=True
+        "sft_eval",
+        chat_eval,
+        reads={"model": "sft", "tokenizer": "tokenizer", "assets": "assets"},
+        device=True,
     ),
     Stage(
         "rl",
@@ -63,7 +71,9 @@ STAGES = (
         ranks="all",
         device=True,
     ),
-    Stage("rl_eval", chat_eval, reads={"model": "rl", "tokenizer": "tokenizer", "assets": "assets"}, device=True),
+    Stage(
+        "rl_eval", chat_eval, reads={"model": "rl", "tokenizer": "tokenizer", "assets": "assets"}, device=True
+    ),
     Stage(
         "export",
         export,

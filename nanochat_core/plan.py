@@ -62,7 +62,8 @@ def load(
     rerun: Iterable[str] = (),
     until: str | None = None,
 ) -> Plan:
-    """Read a profile (a name, or a path to a .toml of your own), apply `stage.key=value` overrides, and bind every row."""
+    """Read a profile (a name, or a path to a .toml of your own), apply `stage.key=value` overrides, and bind
+    every row."""
     data = _read_profile(profile)
     header = data.pop("profile", {})
     for override in overrides:

@@ -1,4 +1,5 @@
-"""What a stage is: a recipe, a directory whose name is the recipe's fingerprint, and a function between the two."""
+"""What a stage is: a recipe, a directory whose name is the recipe's fingerprint, and a function between the
+two."""
 
 import hashlib
 import json
@@ -25,12 +26,14 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def facts(self, configs: "Mapping[str, Any]") -> dict[str, float]:
-        """What arithmetic says of this stage before it runs (params, steps, tokens, flops), given all rows' configs."""
+        """What arithmetic says of this stage before it runs (params, steps, tokens, flops), given all rows'
+        configs."""
         return {}
 
 
 class Runtime(BaseModel):
-    """Where and how a run happens. Nothing here changes what the mathematics comes to, so none of it is identity."""
+    """Where and how a run happens. Nothing here changes what the mathematics comes to, so none of it is
+    identity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -65,7 +68,8 @@ class Job:
             f.write(line + "\n")
 
     def uses(self, path: Path) -> None:
-        """Say that the artefact relies on a shared file outside its directory; it is verified along with the rest."""
+        """Say that the artefact relies on a shared file outside its directory; it is verified along with the
+        rest."""
         self.shared.add(path)
 
 
@@ -80,10 +84,11 @@ class StageModule(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table. `reads` names, for each role, the rows that can fill it: the first one the profile keeps does.
+    """A row of the table. `reads` names, for each role, the rows that can fill it: the first one the profile
+    keeps does.
 
-    `gathers` lists rows that are read if the profile keeps them and are not missed otherwise. `version` is raised when
-    the code's meaning changes, so that artefacts made before are made again.
+    `gathers` lists rows that are read if the profile keeps them and are not missed otherwise. `version` is
+    raised when the code's meaning changes, so that artefacts made before are made again.
     """
 
     name: str
@@ -96,7 +101,8 @@ class Stage:
 
 
 def canonical(value: Any, where: str = "recipe") -> Any:
-    """The value as plain JSON data, or an error: anything without one stable spelling would fork fingerprints silently."""
+    """The value as plain JSON data, or an error: anything without one stable spelling would fork fingerprints
+    silently."""
     if isinstance(value, BaseModel):
         value = {name: getattr(value, name) for name in type(value).model_fields}
     if value is None or isinstance(value, bool | int | str):
@@ -111,7 +117,9 @@ def canonical(value: Any, where: str = "recipe") -> Any:
         return {key: canonical(value[key], f"{where}.{key}") for key in sorted(value)}
     if isinstance(value, list | tuple):
         return [canonical(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise ValueError(f"{where} is a {type(value).__name__}, which has no stable form to take a fingerprint of")
+    raise ValueError(
+        f"{where} is a {type(value).__name__}, which has no stable form to take a fingerprint of"
+    )
 
 
 def fingerprint(stage: Stage, config: Recipe, inputs: Mapping[str, str]) -> str:

@@ -1,4 +1,5 @@
-"""Artefact directories: written whole or not at all, listed with sizes and hashes, verified before they are believed.
+"""Artefact directories: written whole or not at all, listed with sizes and hashes, verified before they are
+believed.
 
 A directory with a `result.json` that verifies is the cache; one without is where to resume.
 """
@@ -129,8 +130,9 @@ def read_result(directory: Path) -> dict[str, Any] | None:
 
 
 def verify(directory: Path, base_dir: Path, *, hashes: bool = False) -> dict[str, Any] | None:
-    """The result of a finished directory whose files are all there at their full size (and, on request, with their
-    hashes); None if it has not finished; Damaged, with the file and the reason, if it cannot be believed."""
+    """The result of a finished directory whose files are all there at their full size (and, on request, with
+    their hashes); None if it has not finished; Damaged, with the file and the reason, if it cannot be
+    believed."""
     result = read_result(directory)
     if result is None:
         return None
@@ -149,7 +151,8 @@ def verify(directory: Path, base_dir: Path, *, hashes: bool = False) -> dict[str
 
 
 def content(result: Mapping[str, Any]) -> str:
-    """A digest of what an artefact holds, so that what was made from it can tell whether it is still the same.
+    """A digest of what an artefact holds, so that what was made from it can tell whether it is still the
+    same.
 
     The progress log is left out: it carries times.
     """

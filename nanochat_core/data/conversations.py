@@ -1,4 +1,5 @@
-"""Conversations into rows of T + 1 tokens: whole ones, best fit, padded at the end; no row is without something to learn."""
+"""Conversations into rows of T + 1 tokens: whole ones, best fit, padded at the end; no row is without
+something to learn."""
 
 import bisect
 from collections.abc import Iterator
@@ -51,7 +52,8 @@ def packed_conversations(
     size: int = 1,
     epochs: int | None = None,
 ) -> Iterator[Batch]:
-    """Batches of `rows` x T that follow `cursor` ({} is the beginning). Rank r of n reads every n-th conversation."""
+    """Batches of `rows` x T that follow `cursor` ({} is the beginning). Rank r of n reads every n-th
+    conversation."""
     n = len(conversations)
     if n < size:
         raise ValueError(f"{size} ranks cannot share {n} conversations; use fewer ranks or a larger mixture")

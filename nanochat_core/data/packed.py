@@ -1,7 +1,8 @@
 """Documents into rows of T + 1 tokens, each row beginning with <|bos|>, nothing lost and nothing padded.
 
-Best fit: a row takes the longest document that still fits; when none does, it is filled with the beginning of the longest one
-and the rest goes back, with a <|bos|> of its own. Upstream drops those rests: about 35 % of the tokens at T = 2048.
+Best fit: a row takes the longest document that still fits; when none does, it is filled with the beginning of
+the longest one and the rest goes back, with a <|bos|> of its own. Upstream drops those rests: about 35 % of
+the tokens at T = 2048.
 """
 
 import bisect
@@ -42,8 +43,8 @@ def packed(
 ) -> Iterator[Batch]:
     """Batches of `rows` x T that follow `cursor` ({} is the beginning), for ever or for so many epochs.
 
-    Rank r of n reads every n-th document. The cursor is exact: what follows it does not depend on where a run was
-    interrupted.
+    Rank r of n reads every n-th document. The cursor is exact: what follows it does not depend on where a run
+    was interrupted.
     """
     stream = _Stream(shards, tokenizer, cursor, rank, size, epochs, buffer_docs)
     while True:
@@ -77,7 +78,8 @@ class _Stream:
             raise ValueError("the shards hold no documents to train on")
         if sum(shard.rows for shard in shards) < size:
             raise ValueError(
-                f"{size} ranks cannot share {sum(s.rows for s in shards)} documents; use fewer, or more shards"
+                f"{size} ranks cannot share {sum(s.rows for s in shards)} documents; "
+                "use fewer, or more shards"
             )
         self.shards, self.tokenizer, self.rank, self.size = shards, tokenizer, rank, size
         self.epochs, self.buffer_docs = epochs, buffer_docs
@@ -94,7 +96,8 @@ class _Stream:
     # Reading.
 
     def _tokens(self, shard: int, group: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """All documents of a row group as token arrays; the last group read is kept, for resuming asks in order."""
+        """All documents of a row group as token arrays; the last group read is kept, for resuming asks in
+        order."""
         if self._cache is None or self._cache[0] != (shard, group):
             texts = row_group(self.shards[shard].path, group)
             ids = self.tokenizer.encode_batch(texts)

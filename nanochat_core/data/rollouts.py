@@ -1,4 +1,5 @@
-"""The model's own answers as batches to learn from: sampled, rewarded, and weighted by how they did among their likes."""
+"""The model's own answers as batches to learn from: sampled, rewarded, and weighted by how they did among
+their likes."""
 
 import functools
 import random
@@ -72,11 +73,13 @@ def rollouts(
     rank: int = 0,
     size: int = 1,
 ) -> Iterator[Batch]:
-    """Batches made by the model as it is when they are asked for (on policy, no reference model, no clipping).
+    """Batches made by the model as it is when they are asked for (on policy, no reference model, no
+    clipping).
 
-    Each step asks so many questions of the task's next ones, shuffled anew each epoch. An answer's advantage is its reward
-    minus the mean of its question's; it weighs every token the model itself chose, the end included, and the sum is divided
-    by the number of such tokens of all answers. Questions whose answers all did alike teach nothing and are left out.
+    Each step asks so many questions of the task's next ones, shuffled anew each epoch. An answer's advantage
+    is its reward minus the mean of its question's; it weighs every token the model itself chose, the end
+    included, and the sum is divided by the number of such tokens of all answers. Questions whose answers all
+    did alike teach nothing and are left out.
     """
     step: int = cursor.get("step", 0)
     while True:
@@ -92,7 +95,8 @@ def rollouts(
 
 
 def question_at(position: int, n: int, seed: int) -> int:
-    """Which of n questions comes at a position of an endless sequence that is shuffled anew each time round."""
+    """Which of n questions comes at a position of an endless sequence that is shuffled anew each time
+    round."""
     epoch, index = divmod(position, n)
     return _order(n, seed, epoch)[index]
 

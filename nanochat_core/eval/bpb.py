@@ -26,7 +26,8 @@ class Sums(Protocol):
 def bits_per_byte(
     loss: Losses, batches: Iterable[Batch], token_bytes: Tensor, *, device: torch.device, total: Sums
 ) -> float:
-    """Nats of the targets over ln 2 and their bytes. Special tokens stand for no bytes and count for nothing."""
+    """Nats of the targets over ln 2 and their bytes. Special tokens stand for no bytes and count for
+    nothing."""
     nats, count = 0.0, 0.0
     for batch in batches:
         targets = batch.targets.to(device)

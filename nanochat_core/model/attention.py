@@ -1,6 +1,7 @@
 """Causal attention: over a whole sequence, inside a sliding window, and against a cache.
 
-Letters: B rows, T new tokens, S cached positions, H heads, D head dimension, w window (how far back a token looks).
+Letters: B rows, T new tokens, S cached positions, H heads, D head dimension, w window (how far back a token
+looks).
 """
 
 import torch
@@ -16,8 +17,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, w: int) -> Tensor:
-    """The sliding window as blocks of w queries that each see two blocks of keys: work and memory grow with T x w,
-    and the only mask is (w, 2w)."""
+    """The sliding window as blocks of w queries that each see two blocks of keys: work and memory grow with T
+    x w, and the only mask is (w, 2w)."""
     B, H, T, D = q.shape
     n = -(-T // w)
     if n * w != T:  # the last block is filled up; causality keeps the filling out of what is returned
@@ -45,5 +46,6 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, w: int) -> Tensor:
 
 
 def cached(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Attention of new tokens (B, H, T, D) over cached keys (B, Hk, S, D); `seen` (B, T, S) says which each may see."""
+    """Attention of new tokens (B, H, T, D) over cached keys (B, Hk, S, D); `seen` (B, T, S) says which each
+    may see."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=k.size(1) != q.size(1))

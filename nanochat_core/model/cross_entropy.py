@@ -1,8 +1,8 @@
 """The loss of a softcapped head without its logits: made a slice at a time, turned into gradients, dropped.
 
-At a vocabulary of 32,768 the fp32 logits of one 16 x 2,048 batch take 4 GB, several times over in a plain implementation.
-Here the gradient of a slice is taken while the slice exists, as in Liger's fused linear cross-entropy
-(https://arxiv.org/abs/2410.10989), so nothing is computed twice either.
+At a vocabulary of 32,768 the fp32 logits of one 16 x 2,048 batch take 4 GB, several times over in a plain
+implementation. Here the gradient of a slice is taken while the slice exists, as in Liger's fused linear
+cross-entropy (https://arxiv.org/abs/2410.10989), so nothing is computed twice either.
 """
 
 from typing import Any
@@ -65,7 +65,8 @@ class _SoftcappedNLL(torch.autograd.Function):
 def softcapped_nll(
     x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: float
 ) -> tuple[Tensor, Tensor]:
-    """(N, C) hidden, (V, C) head, (N,) targets and weights -> sum of weights x nll, and nll (N,) in nats, detached."""
+    """(N, C) hidden, (V, C) head, (N,) targets and weights -> sum of weights x nll, and nll (N,) in nats,
+    detached."""
     with_grad = torch.is_grad_enabled() and (x.requires_grad or head.requires_grad)
     total, nll = _SoftcappedNLL.apply(x, head, targets, weights, cap, with_grad)
     return total, nll

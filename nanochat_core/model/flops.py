@@ -1,7 +1,8 @@
 """What a model costs: parameters by kind and floating-point operations per token, by arithmetic alone.
 
-Training FLOPs follow nanochat's estimate: six per matrix weight, and twelve per head channel and position looked at, the causal
-half not discounted. Gates and scalars of `modern` count as the matrices they are; embeddings are looked up and cost nothing.
+Training FLOPs follow nanochat's estimate: six per matrix weight, and twelve per head channel and position
+looked at, the causal half not discounted. Gates and scalars of `modern` count as the matrices they are;
+embeddings are looked up and cost nothing.
 """
 
 from nanochat_core.model.shape import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
@@ -21,7 +22,8 @@ def num_params(c: GPTConfig) -> dict[str, int]:
 
 
 def scaling_params(c: GPTConfig) -> int:
-    """What the token horizon is measured against: all of `seed`'s parameters; `modern`'s matrices and head."""
+    """What the token horizon is measured against: all of `seed`'s parameters; `modern`'s matrices and
+    head."""
     counts = num_params(c)
     return sum(counts.values()) if c.arch == "seed" else counts["matrices"] + counts["lm_head"]
 

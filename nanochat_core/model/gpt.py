@@ -1,7 +1,7 @@
 """The model: a decoder with rotary positions, QK-norm, relu^2 and untied, softcapped logits, in two presets.
 
-`seed` is nanochat's model of November 2025, the one `transformers` calls NanoChat. `modern` is that of July 2026: it adds
-value embeddings, learned residual scalars, smear, backout and sliding windows.
+`seed` is nanochat's model of November 2025, the one `transformers` calls NanoChat. `modern` is that of July
+2026: it adds value embeddings, learned residual scalars, smear, backout and sliding windows.
 
 Letters: B rows, T tokens, C width, H heads, D head dimension, V vocabulary.
 """
@@ -157,7 +157,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "GPT":
-        """Fill every weight from its own generator, so that the values do not depend on the device or on what ran before."""
+        """Fill every weight from its own generator, so that the values do not depend on the device or on what
+        ran before."""
         rng = torch.Generator().manual_seed(seed)
 
         def normal(w: Tensor, std: float) -> None:
@@ -202,7 +203,8 @@ class GPT(nn.Module):
         D = self.config.head_dim
         if self._rope is None or self._rope[0].device != device:
             inverse = self.config.rope_base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
-            # Ten times the trained length, as upstream has it: chat may run past the window it was trained in.
+            # Ten times the trained length, as upstream has it: chat may run past the window it was trained
+            # in.
             angles = torch.arange(10 * self.config.sequence_len, dtype=torch.float32)[:, None] * inverse
             self._rope = (angles.cos().to(device), angles.sin().to(device))
         cos, sin = self._rope
@@ -213,7 +215,8 @@ class GPT(nn.Module):
         return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, count: Tensor | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C), normed, ready for the head. With a cache, `count` (B,) new tokens of each row are real."""
+        """(B, T) tokens -> (B, T, C), normed, ready for the head. With a cache, `count` (B,) new tokens of
+        each row are real."""
         T = idx.size(1)
         past = None if cache is None else _Past(cache, T)
         rope = self.rope(None if past is None else past.at, T, idx.device)
@@ -248,10 +251,11 @@ class GPT(nn.Module):
         return norm(x)
 
     def forward(self, idx: Tensor, *, cache: KVCache | None = None, last: Tensor | None = None) -> Tensor:
-        """(B, T) tokens -> fp32 logits (B, T, V); with `last` (B,) only those of position last[b] of each row, (B, 1, V).
+        """(B, T) tokens -> fp32 logits (B, T, V); with `last` (B,) only those of position last[b] of each
+        row, (B, 1, V).
 
-        With a cache the tokens follow those already read; rows shorter than T are padded on the right and `last` says where
-        each really ends.
+        With a cache the tokens follow those already read; rows shorter than T are padded on the right and
+        `last` says where each really ends.
         """
         x = self.hidden(idx, cache, None if last is None else last + 1)
         if last is not None:

@@ -9,8 +9,9 @@ from nanochat_core.model.shape import GPTConfig
 class KVCache:
     """Room for `capacity` tokens in each of `rows` sequences.
 
-    `select` gives a cache over some of the rows that shares this one's memory, so that one row can be prefilled while
-    others decode. `high` bounds the longest row on the host, so that reading a prefix never waits for the device.
+    `select` gives a cache over some of the rows that shares this one's memory, so that one row can be
+    prefilled while others decode. `high` bounds the longest row on the host, so that reading a prefix never
+    waits for the device.
     """
 
     def __init__(
@@ -58,14 +59,6 @@ class KVCache:
         else:
             self.length[rows] = 0
 
-    def copy_row(self, source: int, targets: Tensor) -> None:
-        """Give the target rows everything the source row has read: a shared prompt is computed once."""
-        n = int(self.length[source])
-        self.k[:, targets, :, :n] = self.k[:, source : source + 1, :, :n]
-        self.v[:, targets, :, :n] = self.v[:, source : source + 1, :, :n]
-        self.length[targets] = n
-        self.previous[targets] = self.previous[source]
-
     # What the model calls: positions, then for each layer `extend`, then `advance`.
 
     def lengths(self) -> Tensor:
@@ -77,7 +70,8 @@ class KVCache:
         return start[:, None] + torch.arange(T, device=start.device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor, at: Tensor, high: int) -> tuple[Tensor, Tensor]:
-        """Write (B, H, T, D) at positions `at` (B, T); give back all keys and values up to `high`, as (B, H, high, D)."""
+        """Write (B, H, T, D) at positions `at` (B, T); give back all keys and values up to `high`, as (B, H,
+        high, D)."""
         keys, values = self.k[layer], self.v[layer]
         rows = torch.arange(at.size(0), device=at.device) if self.index is None else self.index
         keys[rows[:, None], :, at] = k.transpose(1, 2).to(keys.dtype)  # (B, H, T, D) -> (B, T, H, D)

@@ -25,7 +25,9 @@ class GPTConfig:
         if self.n_embd % self.n_head or self.head_dim % 2:
             raise ValueError(f"{self.n_head} heads do not divide a width of {self.n_embd} into even parts")
         if self.arch == "modern" and self.n_embd < SMEAR_CHANNELS:
-            raise ValueError(f"a modern model is at least {SMEAR_CHANNELS} wide, not {self.n_embd}; use more heads")
+            raise ValueError(
+                f"a modern model is at least {SMEAR_CHANNELS} wide, not {self.n_embd}; use more heads"
+            )
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_kv_head} key heads do not divide {self.n_head} query heads")
 
@@ -58,7 +60,8 @@ class GPTConfig:
         return 10_000.0 if self.arch == "seed" else 100_000.0
 
     def windows(self) -> list[int]:
-        """How far back each layer looks: three short layers (a quarter of the sequence), one long; the last is long."""
+        """How far back each layer looks: three short layers (a quarter of the sequence), one long; the last
+        is long."""
         long = self.sequence_len
         if self.arch == "seed":
             return [long] * self.n_layer

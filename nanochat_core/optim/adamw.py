@@ -15,7 +15,8 @@ def adamw_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step in place; `step` counts from 1. Epsilon is added after the bias correction, as in the paper."""
+    """One step in place; `step` counts from 1. Epsilon is added after the bias correction, as in the
+    paper."""
     beta1, beta2 = betas
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -1,6 +1,7 @@
 """Which optimizer each parameter gets, and its rates: nanochat's settings, as data.
 
-Rates marked "by width" shrink with (width/768)^-0.5, and all but the smear's grow with the square root of the batch.
+Rates marked "by width" shrink with (width/768)^-0.5, and all but the smear's grow with the square root of the
+batch.
 """
 
 from dataclasses import dataclass, field

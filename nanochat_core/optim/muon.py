@@ -24,7 +24,8 @@ Coefficients = tuple[tuple[float, float, float], ...]
 
 
 class MuonState(NamedTuple):
-    """What Muon remembers of K matrices: momentum (K, m, n), and for `modern` the second moment of rows or columns."""
+    """What Muon remembers of K matrices: momentum (K, m, n), and for `modern` the second moment of rows or
+    columns."""
 
     momentum: Tensor
     second: Tensor
@@ -63,7 +64,8 @@ def muon_update(
 ) -> None:
     """One step, in place, of K matrices `p` (K, m, n) given their gradients; `grad` is used up.
 
-    `modern` adds row equilibration (MuonEq), the rescaling of Muon+, NorMuon's second moment and cautious weight decay.
+    `modern` adds row equilibration (MuonEq), the rescaling of Muon+, NorMuon's second moment and cautious
+    weight decay.
     """
     m, n = p.shape[-2:]
     state.momentum.lerp_(grad, 1 - momentum)

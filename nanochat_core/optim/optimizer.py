@@ -1,8 +1,9 @@
 """Muon and AdamW over all parameters, the state shared out over ranks (ZeRO-2).
 
-Each rank owns a part of every gradient: reduce-scatter brings it the sum, it updates its part, all-gather spreads the result.
-With one rank the same lines run without communication. Parameters of a Muon group are views into one stacked tensor, and
-their gradients into another, so that nothing is copied to update them as a batch.
+Each rank owns a part of every gradient: reduce-scatter brings it the sum, it updates its part, all-gather
+spreads the result. With one rank the same lines run without communication. Parameters of a Muon group are
+views into one stacked tensor, and their gradients into another, so that nothing is copied to update them as a
+batch.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,5 @@
-"""Rates, and how they move over a run: pure functions of the step. Multipliers of the learning rate lie in [0, 1]."""
+"""Rates, and how they move over a run: pure functions of the step. Multipliers of the learning rate lie in
+[0, 1]."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""How well the base model predicts text: bits per byte on the beginning of the train shards and on the validation shard."""
+"""How well the base model predicts text: bits per byte on the beginning of the train shards and on the
+validation shard."""
 
 from pydantic import Field
 

@@ -66,7 +66,8 @@ class Config(Training):
         return max(1, int(tokens // self.batch(vocab_size)))
 
     def decay_scale(self, vocab_size: int) -> float:
-        """Weight decay by batch and horizon (https://arxiv.org/abs/2405.13698), bounded where the rule was never tried."""
+        """Weight decay by batch and horizon (https://arxiv.org/abs/2405.13698), bounded where the rule was
+        never tried."""
         if not self.scale_rates or not self.weight_decay:
             return 1.0
         scale = math.sqrt(self.batch(vocab_size) / REFERENCE_BATCH) / self.relative_horizon(vocab_size)

@@ -1,10 +1,12 @@
-"""Reinforcement learning: the model answers problems that can be checked, and more of what was right becomes likely."""
+"""Reinforcement learning: the model answers problems that can be checked, and more of what was right becomes
+likely."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from nanochat_core.data.tasks import check_name
 from nanochat_core.stage import Job, Metrics
 from nanochat_core.train.config import Training
 
@@ -28,6 +30,12 @@ class Config(Training):
     warmup_steps: int = 0
     warmdown: float = 1.0
     final_lr: float = 0.0
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        check_name(task)
+        return task
 
     def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
         return {"steps": self.steps}
@@ -59,7 +67,8 @@ def run(cfg: Config, job: Job) -> Metrics:
         examiner = Sampler(cfg.eval_samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
 
         def examine(state: TrainState) -> Metrics:
-            """The same problems with the same seeds each time, so that two examinations differ by the model alone."""
+            """The same problems with the same seeds each time, so that two examinations differ by the model
+            alone."""
             engine = Engine(state.model.eval(), tokenizer, max_rows=128)
             mine = list(range(world.rank, min(cfg.eval_problems, len(held_out)), world.size))
             with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Supervised fine-tuning: the last polish on chosen conversations; only the assistant's own words are learned."""
+"""Supervised fine-tuning: the last polish on chosen conversations; only the assistant's own words are
+learned."""
 
 from nanochat_core.stage import Job, Metrics
 from nanochat_core.train.config import ChatTraining

@@ -1,8 +1,10 @@
-"""Checkpoints of an unfinished stage: whole, hashed, newest first, a damaged one passed over for the one before.
+"""Checkpoints of an unfinished stage: whole, hashed, newest first, a damaged one passed over for the one
+before.
 
-`checkpoints/step_00001200/` holds model.safetensors, one rank_<r>.safetensors and rank_<r>.json (optimizer part and place in
-the data) per rank, and manifest.json, written last, with everything's size and hash. The folder gets its name by rename once
-it is complete. Weights are copied when `save` is called and written by a thread while training goes on.
+`checkpoints/step_00001200/` holds model.safetensors, one rank_<r>.safetensors and rank_<r>.json (optimizer
+part and place in the data) per rank, and manifest.json, written last, with everything's size and hash. The
+folder gets its name by rename once it is complete. Weights are copied when `save` is called and written by a
+thread while training goes on.
 """
 
 import json
@@ -28,7 +30,8 @@ RANK_FILES_SECONDS = 600.0  # how long the first rank waits for the others' file
 
 @dataclass
 class TrainState:
-    """Everything that training changes. There is no random state: every random number comes from a seed and a step."""
+    """Everything that training changes. There is no random state: every random number comes from a seed and a
+    step."""
 
     model: GPT
     optimizer: Optimizer

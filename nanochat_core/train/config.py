@@ -1,11 +1,13 @@
-"""What all training stages are told: rates, schedule, batch and validation. Numbers only; nothing here loads torch."""
+"""What all training stages are told: rates, schedule, batch and validation. Numbers only; nothing here loads
+torch."""
 
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from nanochat_core.data.tasks import check_name
 from nanochat_core.model.flops import flops_per_token
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.optim.schedule import Rates, Schedule
@@ -58,6 +60,13 @@ class ChatTraining(Training):
     steps: int | None = Field(None, ge=1)  # None: about one epoch of the mixture
     eval_every: int = Field(150, ge=0)
     eval_rows: int = Field(1000, ge=1)  # conversations of the mixture's test split to validate on
+
+    @field_validator("mixture")
+    @classmethod
+    def _known(cls, mixture: dict[str, int]) -> dict[str, int]:
+        for name in mixture:
+            check_name(name)
+        return mixture
 
     def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
         shape: GPTConfig = configs["pretrain"].shape(configs["tokenizer"].vocab_size)

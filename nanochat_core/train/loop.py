@@ -63,8 +63,9 @@ def fit(
 ) -> None:
     """Train from where the state stands, or its newest checkpoint, to `steps`.
 
-    Weights of a batch are divided by the count of all ranks, so neither the number of ranks nor the device batch changes what
-    is computed. A checkpoint is made before hooks run, on the clock, on a step count and when the process is told to stop.
+    Weights of a batch are divided by the count of all ranks, so neither the number of ranks nor the device
+    batch changes what is computed. A checkpoint is made before hooks run, on the clock, on a step count and
+    when the process is told to stop.
     """
     hooks = tuple(hooks)
     saver = Saver(job.path, world, job.runtime.keep_checkpoints)
@@ -162,7 +163,8 @@ def _run(
             grad_norm = state.optimizer.reduce()
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise Fault(
-                    f"batch {state.drawn} at step {state.step} gave a loss of {loss} and a gradient of {grad_norm}"
+                    f"batch {state.drawn} at step {state.step} gave a loss of {loss} "
+                    f"and a gradient of {grad_norm}"
                 )
             lr = schedule.lr(state.step, steps)
             state.optimizer.update(

@@ -1,4 +1,5 @@
-"""The processes of a run and the device each computes on. One process is the same code with a world of one."""
+"""The processes of a run and the device each computes on. One process is the same code with a world of
+one."""
 
 import contextlib
 import os
@@ -46,13 +47,15 @@ def pick_device(runtime: Runtime) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError(
-            "runtime.device is cuda, but torch sees no CUDA device; set runtime.device=cpu, or run nanochat doctor"
+            "runtime.device is cuda, but torch sees no CUDA device; "
+            "set runtime.device=cpu, or run nanochat doctor"
         )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def pick_dtype(runtime: Runtime, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it fast (CUDA from sm80; CPUs with AVX512_BF16 or AMX), fp32 elsewhere."""
+    """bf16 where the hardware multiplies it fast (CUDA from sm80; CPUs with AVX512_BF16 or AMX), fp32
+    elsewhere."""
     if runtime.precision != "auto":
         return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
     if device.type == "cuda":

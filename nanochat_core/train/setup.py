@@ -10,7 +10,7 @@ from nanochat_core.optim.groups import parameter_groups
 from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates
 from nanochat_core.stage import Job
-from nanochat_core.tokenizer.bpe import Tokenizer, load_tokenizer
+from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train.checkpoint import TrainState, save_model
 from nanochat_core.train.ranks import World
 

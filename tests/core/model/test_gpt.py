@@ -1,4 +1,5 @@
-"""The model against published sizes, against transformers, and against plain implementations of its clever parts."""
+"""The model against published sizes, against transformers, and against plain implementations of its clever
+parts."""
 
 import pytest
 import torch
@@ -168,6 +169,8 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 
 def test_the_first_prediction_is_the_uniform_one() -> None:
     """The head of `seed` starts at zero, so its first loss is the logarithm of the vocabulary."""
-    model = GPT(GPTConfig.of_depth(2, 301, arch="seed", sequence_len=16, aspect=16, head_dim=16)).init_weights(0)
+    model = GPT(
+        GPTConfig.of_depth(2, 301, arch="seed", sequence_len=16, aspect=16, head_dim=16)
+    ).init_weights(0)
     _, nll = model.loss(tokens(1, 16), tokens(1, 16, seed=1), torch.ones(1, 16))
     torch.testing.assert_close(nll, torch.full((1, 16), 301.0).log())

@@ -60,7 +60,7 @@ def test_a_million_characters_of_a_kind_encode_in_no_time(unit: str) -> None:
     text = unit * (1_000_000 // len(unit))
     start = time.monotonic()
     ids = TOKENIZER.encode(text)
-    assert time.monotonic() - start < 2  # 0.1 s on an idle core; a quadratic way takes minutes
+    assert time.monotonic() - start < 5  # 0.1 s on an idle core; a quadratic way takes minutes
     assert TOKENIZER.decode(ids) == text
 
 

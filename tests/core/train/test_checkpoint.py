@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORLD, tiny_model
+from tinytrain import WORLD, tiny_model
 
 from nanochat_core.optim.schedule import Rates
 from nanochat_core.tokenizer.bpe import Tokenizer
@@ -51,7 +51,9 @@ def test_a_file_cut_short_anywhere_leads_to_the_one_before(
 ) -> None:
     file = two[0] / "checkpoints" / "step_00000002" / name
     data = file.read_bytes()
-    for size in sorted({0, 1, 8, len(data) // 2, len(data.rstrip()) - 1}):  # a missing last newline changes nothing
+    for size in sorted(
+        {0, 1, 8, len(data) // 2, len(data.rstrip()) - 1}
+    ):  # a missing last newline changes nothing
         file.write_bytes(data[:size])
         assert resumed(two[0], fresh).step == 1, size
 

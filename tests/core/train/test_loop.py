@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORLD, job_in, tiny_model
+from tinytrain import WORLD, job_in, tiny_model
 
 from nanochat_core.data.batch import Batch, ahead
 from nanochat_core.data.documents import Shard
@@ -42,9 +42,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture
 def batches(shards: list[Shard], tokenizer: Tokenizer) -> Batches:
-    return lambda state: ahead(
-        packed(shards, tokenizer, rows=4, T=32, cursor=state.cursor, buffer_docs=20)
-    )
+    return lambda state: ahead(packed(shards, tokenizer, rows=4, T=32, cursor=state.cursor, buffer_docs=20))
 
 
 def stop_at(step: int) -> Hook:
@@ -137,7 +135,7 @@ def test_two_bad_batches_in_the_same_place_stop_the_run(
     tmp_path: Path, fresh: Fresh, batches: Batches
 ) -> None:
     job = job_in(tmp_path / "job", save_steps=3)
-    with pytest.raises(ValueError, match="batch 5 at step 4 .* twice in the same place"):
+    with pytest.raises(ValueError, match=r"batch 5 at step 4 .* twice in the same place"):
         fit(job, WORLD, fresh(), poisoned(batches, 4, 5), steps=8, schedule=SCHEDULE)
 
 

@@ -1,0 +1,107 @@
+"""Conversations in rows: whole, masked, never without an answer, exactly continued; and rollouts as
+batches."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat_core.data.conversations import packed_conversations
+from nanochat_core.data.rollouts import Answers, question_at, to_batch
+from nanochat_core.infer.engine import Completion
+from nanochat_core.tokenizer.bpe import Tokenizer, train
+from nanochat_core.tokenizer.chat import Conversation, render_conversation
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train(["what is the capital of france it is paris " * 3], 280)
+
+
+def talk(question: str, answer: str) -> Conversation:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+TALKS = [talk(f"what is {i}", f"it is {i * i} " * (1 + i % 4)) for i in range(30)]
+
+
+def stream(tokenizer: Tokenizer, talks: list[Conversation] = TALKS, **options: Any) -> Any:
+    settings = {"rows": 2, "T": 64, "loss_on": "assistant", "cursor": {}} | options
+    return packed_conversations(talks, tokenizer, **settings)
+
+
+def test_an_epoch_teaches_every_answer_once(tokenizer: Tokenizer) -> None:
+    learned = [int(t) for b in stream(tokenizer, epochs=1) for t in b.targets.flatten() if t >= 0]
+    wanted = []
+    for conversation in TALKS:
+        ids, mask = render_conversation(tokenizer, conversation)
+        wanted += [t for t, m in zip(ids, mask, strict=True) if m]
+    assert sorted(learned) == sorted(wanted)
+
+
+def test_questions_are_read_but_not_learned(tokenizer: Tokenizer) -> None:
+    batch = next(stream(tokenizer))
+    text = tokenizer.decode([t for t in batch.targets[0].tolist() if t >= 0])
+    assert "it is" in text and "what" not in text
+    assert batch.count == float((batch.targets >= 0).sum()) == float(batch.weights.sum())
+
+
+def test_targets_are_what_follows_in_the_row(tokenizer: Tokenizer) -> None:
+    for _, batch in zip(range(20), stream(tokenizer), strict=False):
+        active = batch.targets[:, :-1] >= 0
+        assert torch.equal(batch.targets[:, :-1][active], batch.inputs[:, 1:][active])
+
+
+def test_no_row_is_without_something_to_learn(tokenizer: Tokenizer) -> None:
+    long_questions = [talk("what " * 100, "paris"), *TALKS]  # cut before its answer begins
+    for batch in stream(tokenizer, long_questions, epochs=2):
+        full = batch.inputs.ne(tokenizer.bos).any(dim=1)
+        assert ((batch.targets >= 0).any(dim=1) == full).all()
+
+
+def test_only_unanswerable_conversations_is_an_error(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="no conversation has an answer within 64 tokens"):
+        next(stream(tokenizer, [talk("what " * 100, "paris")] * 3))
+
+
+@pytest.mark.parametrize("at", [1, 4, 11])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_cursor_continues_exactly(at: int, size: int, tokenizer: Tokenizer) -> None:
+    straight = [b for b, _ in zip(stream(tokenizer, rank=size - 1, size=size), range(at + 4), strict=False)]
+    cursor = json.loads(json.dumps(straight[at - 1].cursor()))
+    resumed = stream(tokenizer, rank=size - 1, size=size, cursor=cursor)
+    for a, b in zip(straight[at:], resumed, strict=False):
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
+
+
+def test_advantages_weigh_the_tokens_the_model_chose(tokenizer: Tokenizer) -> None:
+    end = tokenizer.special("<|assistant_end|>")
+    answers = Answers(
+        prompts=[[1, 2]] * 2 + [[3]] * 2,
+        completions=[
+            Completion([10, 11, 12], [1, 0, 1], True),  # right; 11 was put in by a tool
+            Completion([13], [1], False),  # wrong, and cut off
+            Completion([14], [1], True),
+            Completion([15], [1], True),
+        ],
+        rewards=torch.tensor([[1.0, 0.0], [1.0, 1.0]]),
+    )
+    batch = to_batch(answers, tokenizer, step=1)
+    assert batch.inputs.tolist() == [[1, 2, 10, 11, 12], [1, 2, tokenizer.bos, tokenizer.bos, tokenizer.bos]]
+    assert batch.targets.tolist() == [[-1, 10, -1, 12, end], [-1, 13, -1, -1, -1]]
+    assert batch.weights.tolist() == [[0, 0.5, 0, 0.5, 0.5], [0, -0.5, 0, 0, 0]]
+    assert batch.count == 3 + 1 + 2 + 2  # all tokens chosen, of questions that teach nothing too
+    assert batch.notes["reward"] == 0.75 and batch.notes["alike"] == 0.5
+
+
+def test_a_step_where_all_did_alike_moves_nothing(tokenizer: Tokenizer) -> None:
+    answers = Answers([[1]] * 2, [Completion([5], [1], True)] * 2, torch.ones(1, 2))
+    batch = to_batch(answers, tokenizer, step=1)
+    assert batch.inputs.numel() and not batch.weights.any()
+
+
+def test_questions_come_once_an_epoch_in_an_order_of_the_seed() -> None:
+    first = [question_at(i, 7, seed=1) for i in range(7)]
+    second = [question_at(i, 7, seed=1) for i in range(7, 14)]
+    assert sorted(first) == sorted(second) == list(range(7)) and first != second

@@ -1,0 +1,59 @@
+"""A stage killed anywhere and started again ends in the same bytes as one that was left alone."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from killing import kill, start, tiny, wait_for_step, weights_and_losses
+
+from nanochat_core import launch, store
+
+STAGES = {"pretrain": 16, "mid": 10, "sft": 12, "rl": 8}
+
+
+@pytest.mark.parametrize(
+    ("before", "step"), [("pretrain", 6), ("mid", 5), ("sft", 7), ("rl", 5)], indirect=["before"]
+)
+def test_sigkill_costs_only_the_steps_since_the_checkpoint(
+    before: Path, step: int, undisturbed: Path, request: pytest.FixtureRequest
+) -> None:
+    stage = request.node.callspec.params["before"]
+    process = start(before, stage)
+    path = tiny(before).jobs[stage].path
+    wait_for_step(process, path, step)
+    assert kill(process, signal.SIGKILL) == -signal.SIGKILL
+    assert not (path / "result.json").exists()
+    launch.launch(tiny(before), stage)
+    assert "going on from the checkpoint" in (path / "log.txt").read_text()
+    assert weights_and_losses(before, stage) == weights_and_losses(undisturbed, stage)
+    assert [event["event"] for event in store.read_attempts(path)] == ["started", "started", "finished"]
+
+
+@pytest.mark.parametrize("before", ["pretrain"], indirect=True)
+def test_sigterm_ends_in_a_checkpoint_and_says_so(before: Path, undisturbed: Path) -> None:
+    process = start(before, "pretrain")
+    path = tiny(before).jobs["pretrain"].path
+    wait_for_step(process, path, 5)
+    assert kill(process, signal.SIGTERM) == launch.INTERRUPTED
+    assert "told to stop; saved a checkpoint" in (path / "log.txt").read_text()
+    launch.launch(tiny(before), "pretrain")
+    assert weights_and_losses(before, "pretrain") == weights_and_losses(undisturbed, "pretrain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "step"),
+    [(stage, step) for stage, steps in STAGES.items() for step in range(0, steps, 3)],
+    indirect=["before"],
+)
+def test_sigkill_at_any_step_and_again_while_recovering(
+    before: Path, step: int, undisturbed: Path, request: pytest.FixtureRequest
+) -> None:
+    stage = request.node.callspec.params["before"]
+    path = tiny(before).jobs[stage].path
+    for wanted in (step, step + 2):
+        process = start(before, stage)
+        wait_for_step(process, path, wanted)
+        kill(process, signal.SIGKILL)
+    launch.launch(tiny(before), stage)
+    assert weights_and_losses(before, stage) == weights_and_losses(undisturbed, stage)
