@@ -336,6 +336,8 @@ def _validated(model: type[M], where: str, fields: Mapping[str, Any]) -> M:
         if first["type"] == "extra_forbidden":
             raise UsageError(_unknown(f"key of {where}", key, list(model.model_fields))) from None
         name = f"{where}.{key}" if key else where
+        if first["type"] == "value_error":  # our own words
+            raise UsageError(f"{name}: {first['ctx']['error']}") from None
         raise UsageError(f"{name} = {first['input']!r}: {first['msg']}") from None
 
 

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -144,12 +144,11 @@ def _run(
                             step=state.step, steps=steps, **{k: v for k, v in found.items() if v is not None}
                         )
             if state.step >= steps:
-                saver.wait()
                 return
             if world.any(stopping()):
                 state.cursor = place()
                 saver.save(state)
-                saver.wait()
+                saver.wait()  # say it is saved when it is
                 print(f"told to stop; saved a checkpoint at step {state.step} of {steps}", flush=True)
                 raise Interrupted
             began = time.monotonic()
@@ -186,7 +185,9 @@ def _run(
                     row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
                 job.record(step=state.step, steps=steps, **row, **batch.notes)
     finally:
-        stream.close() if hasattr(stream, "close") else None
+        if isinstance(stream, Generator):
+            stream.close()  # ends the thread that reads ahead
+        saver.wait()  # the process must not end on half a checkpoint
 
 
 class _Runner:

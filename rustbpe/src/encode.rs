@@ -394,9 +394,10 @@ impl Encoder {
         }
     }
 
-    /// The same for a word of any length in n log n: a heap of (rank, position) over a linked list.
+    /// The same for a word of any length in n log n: a heap of ranks and places over a linked list.
     fn merge_many(&self, word: &[u8], out: &mut Vec<u32>) {
-        const GONE: u32 = u32::MAX;
+        const GONE: u32 = NONE;
+        const PLACE_BITS: u32 = 64 - ID_BITS; // rank and place in one number, the rank above
         let len = word.len();
         let mut ids: Vec<u32> = word.iter().map(|&byte| u32::from(byte)).collect();
         let mut next: Vec<usize> = (1..=len).collect(); // len: none
@@ -404,11 +405,11 @@ impl Encoder {
         let rank_at = |ids: &[u32], next: &[usize], i: usize| {
             if next[i] < len { self.pairs.get(ids[i], ids[next[i]]) } else { NONE }
         };
-        let mut heap: BinaryHeap<Reverse<(u32, usize)>> = (0..len)
-            .map(|i| Reverse((rank_at(&ids, &next, i), i)))
-            .filter(|entry| entry.0.0 != NONE)
-            .collect();
-        while let Some(Reverse((rank, i))) = heap.pop() {
+        let entry = |rank: u32, i: usize| Reverse(u64::from(rank) << PLACE_BITS | i as u64);
+        let ranked = (0..len - 1).map(|i| (rank_at(&ids, &next, i), i)).filter(|&(rank, _)| rank != NONE);
+        let mut heap: BinaryHeap<Reverse<u64>> = ranked.map(|(rank, i)| entry(rank, i)).collect();
+        while let Some(Reverse(lowest)) = heap.pop() {
+            let (rank, i) = ((lowest >> PLACE_BITS) as u32, (lowest & ((1 << PLACE_BITS) - 1)) as usize);
             if ids[i] == GONE || rank_at(&ids, &next, i) != rank {
                 continue; // a neighbour was merged meanwhile
             }
@@ -423,7 +424,7 @@ impl Encoder {
                 if j < len {
                     let rank = rank_at(&ids, &next, j);
                     if rank != NONE {
-                        heap.push(Reverse((rank, j)));
+                        heap.push(entry(rank, j));
                     }
                 }
             }
