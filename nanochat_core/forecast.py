@@ -33,13 +33,10 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> dict[str, Forecast]
         facts, old = plan.facts(name), results.get(name)
         seconds: float | None = None
         if verdict.state != "hit":
-            flops = facts.get("flops")
-            if old is not None and flops and old["metrics"].get("flops"):
-                seconds = old["seconds"] * flops / old["metrics"]["flops"]
-            elif old is not None:
-                seconds = old["seconds"]
-            elif flops:
-                seconds = START_SECONDS + flops / rate
+            if old is not None:
+                seconds = old["seconds"] * growth(facts, old["metrics"])
+            elif facts.get("flops"):
+                seconds = START_SECONDS + facts["flops"] / rate
             if seconds is not None and verdict.step is not None and facts.get("steps"):
                 seconds *= max(0.0, 1 - verdict.step / facts["steps"])
         done = _result(plan.jobs[name].path) if verdict.state == "hit" else old
@@ -53,6 +50,14 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> dict[str, Forecast]
             disk = (disk or 0) + round(12 * params * plan.runtime.keep_checkpoints)
         found[name] = Forecast(seconds, disk, facts)
     return found
+
+
+def growth(facts: Mapping[str, float], before: Mapping[str, Any]) -> float:
+    """How much more work a stage is than it was, by the finest measure that both are known by."""
+    for key in ("flops", "tokens", "steps"):
+        if facts.get(key) and before.get(key):
+            return facts[key] / float(before[key])
+    return 1.0
 
 
 def flops_rate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> tuple[float, str]:

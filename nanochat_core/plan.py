@@ -182,7 +182,10 @@ def why_new(
             for role, row in plan.sources[name].items()
             if old["inputs"].get(role, {}).get("fingerprint") != plan.jobs[row].fingerprint
         ]
-        differences = [f"its input {row} is another" for row in changed]
+        if len(changed) == 1:
+            differences = [f"its input {changed[0]} is another"]
+        elif changed:
+            differences = [f"its inputs {', '.join(changed)} are others"]
     return "; ".join(differences) or "its artefact is not there"
 
 

@@ -30,7 +30,7 @@ PANELS = (  # of one stage's figure: key, title
     ("loss", "loss"),
     ("reward", "reward"),
     ("val_bpb", "validation, bits per byte"),
-    ("lr", "learning rate"),
+    ("lr", "learning rate, of its peak"),
     ("tokens_per_s", "tokens per second"),
 )
 STYLE = """
@@ -321,7 +321,7 @@ def curve_svg(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def curve_png(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     """A stage's curves as a data URI, for a page that strips inline SVG; empty if there is none to draw."""
-    figure = draw(rows)
+    figure = draw(rows, columns=2)
     if figure is None:
         return ""
     figure.suptitle(title, fontsize=9)
@@ -330,7 +330,7 @@ def curve_png(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def draw(rows: Sequence[Mapping[str, Any]]) -> Any:
+def draw(rows: Sequence[Mapping[str, Any]], *, columns: int = 4) -> Any:
     """One panel for each thing a stage's rows measure more than once."""
     panels = []
     for key, title in PANELS:
@@ -341,9 +341,11 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Any:
         return None
     from matplotlib.figure import Figure  # no pyplot: nothing global, any thread
 
-    figure = Figure(figsize=(3.1 * len(panels), 2.3), layout="constrained")
+    columns = min(columns, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.1 * columns, 2.3 * lines), layout="constrained")
     for i, (title, points) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes = figure.add_subplot(lines, columns, i + 1)
         noisy = len(points) > SMOOTH_FROM
         axes.plot(*zip(*points, strict=True), color="#33507a", linewidth=1.1, alpha=0.3 if noisy else 1)
         if noisy:

@@ -36,7 +36,7 @@ def test_changing_depth_reruns_only_what_follows(toy: Toy) -> None:
         "mid": "mid.depth: 2 -> 3",
         "sft": "its input mid is another",
         "sft_eval": "its input sft is another",
-        "report": "its input mid is another; its input sft is another; its input sft_eval is another",
+        "report": "its inputs mid, sft, sft_eval are others",
     }
 
 
