@@ -1,0 +1,51 @@
+"""Every profile is read and planned, and what it says of itself is what was published."""
+
+from pathlib import Path
+
+import pytest
+
+from nanochat_core import plan as plans
+
+
+@pytest.mark.parametrize("profile", plans.profile_names())
+def test_every_profile_can_be_planned(profile: str, tmp_path: Path) -> None:
+    plan = plans.load(profile, base_dir=tmp_path)
+    assert all(verdict.state == "run" for verdict in plans.explain(plan).values())
+    assert plan.facts("pretrain")["tokens"] > 0
+    assert {"pretrain", "sft", "report"} <= set(plan.jobs)
+
+
+@pytest.mark.parametrize(
+    ("profile", "params", "steps", "tokens", "flops"),
+    [
+        ("dgx-spark-seed", 560_988_160, 21_400, 11.22e9, 3.92e19),
+        ("speedrun-8xh100", 560_988_160, 21_400, 11.22e9, 3.92e19),
+        ("run1000", 1_879_048_192, 71_680, 37.58e9, 4.54e20),
+        ("dgx-spark", 896_533_746, 3_320, 3.48e9, 1.00e19),
+    ],
+)
+def test_a_profile_costs_what_was_published(
+    profile: str, params: int, steps: int, tokens: float, flops: float, tmp_path: Path
+) -> None:
+    facts = plans.load(profile, base_dir=tmp_path).facts("pretrain")
+    assert (facts["params"], facts["steps"]) == (params, steps)
+    assert facts["tokens"] == pytest.approx(tokens, rel=2e-3)
+    assert facts["flops"] == pytest.approx(flops, rel=5e-3)
+
+
+def test_scaling_rules_give_the_published_batches_and_decay(tmp_path: Path) -> None:
+    for depth, batch, decay in ((8, 2**18, 0.5), (12, 2**19, 0.28), (20, 2**20, 0.10), (24, 2**20, 0.060)):
+        settings = [f"pretrain.depth={depth}", "pretrain.tokens_per_param=12"]
+        config = plans.load("dgx-spark", settings, base_dir=tmp_path).jobs["pretrain"].config
+        assert config.batch(32_768) == batch
+        assert config.weight_decay * config.decay_scale(32_768) == pytest.approx(decay, abs=0.003)
+
+
+def test_decay_is_bounded_below_the_depths_the_rule_was_fitted_on(tmp_path: Path) -> None:
+    config = plans.load("dgx-spark", ["pretrain.depth=4"], base_dir=tmp_path).jobs["pretrain"].config
+    assert config.weight_decay * config.decay_scale(32_768) == pytest.approx(0.5)
+
+
+def test_a_batch_that_does_not_divide_says_which_would(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"set pretrain\.total_batch to 2048"):
+        plans.load("cpu-demo", ["pretrain.total_batch=2000"], base_dir=tmp_path)
