@@ -153,9 +153,9 @@ def plan(
     for name, why in made.left_out.items():
         print(f"left out: {name} ({why})")
     for name, seconds in lost.items():
-        print(
-            f"{span(seconds)} of finished {name} would stay in {made.runtime.base_dir / name} but not be used"
-        )
+        if seconds >= 60:
+            where = made.runtime.base_dir / name
+            print(f"{span(seconds)} of finished {name} would stay in {where} but not be used")
     known = sum(cost.seconds or 0.0 for cost in costs.values())
     unknown = sum(v.state != "hit" and costs[n].seconds is None for n, v in verdicts.items())
     more = f", and {unknown} stages that have not been timed yet" if unknown else ""
@@ -294,6 +294,28 @@ def verify(
         print(f"next: {again}")
     if damaged:
         raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    keep: Annotated[int, typer.Option(min=0, help="earlier artefacts to keep of each stage")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    base_dir: BaseDir = HOME,
+) -> None:
+    """Delete artefacts that no profile's latest run uses any more."""
+    from nanochat_core.progress import count
+    from nanochat_core.retention import clear, unused
+
+    found = list(unused(resolved(base_dir), keep))
+    for one in found:
+        if not dry_run:
+            clear(one)
+    table(["size", "", ""], [[count(one.bytes) + "B", str(one.directory), one.why] for one in found])
+    total = count(sum(one.bytes for one in found)) + "B"
+    if dry_run:
+        print(f"{total} would be freed; next: {with_base(f'nanochat gc --keep {keep}', base_dir)}")
+    else:
+        print(f"{total} freed; next: {with_base('nanochat status', base_dir)}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ CORE = ROOT / "nanochat_core"
 
 # Each layer may import itself and those below it.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("retention",),
     ("status", "forecast"),
     ("launch",),
     ("plan",),

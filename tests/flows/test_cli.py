@@ -242,3 +242,18 @@ def test_status_tells_done_from_waiting(nanochat: Command) -> None:
     states = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()[1:-1]}
     assert states == {"shards": "done", "pretrain": "done", "base_loss": "waiting", "mid": "done"}
     assert "nanochat run" in done.stdout.splitlines()[-1]
+
+
+def test_gc_deletes_what_no_latest_run_uses_and_nothing_else(nanochat: Command, tmp_path: Path) -> None:
+    for steps in ("3", "4", "5"):
+        nanochat("stage", "pretrain", P, "--set", f"pretrain.steps={steps}")
+    base = tmp_path / "base"
+    latest = json.loads((base / "runs" / "latest.json").read_text())["jobs"]
+    (base / "pretrain" / f"{latest['pretrain']}.rerun").mkdir()
+    assert nanochat("gc", "--keep", "0", "--dry-run").stdout.count("/pretrain/") == 3
+    assert len(list((base / "pretrain").iterdir())) == 4
+    assert nanochat("gc", "--keep", "1").returncode == 0
+    assert len(list((base / "pretrain").iterdir())) == 2
+    nanochat("gc", "--keep", "0")
+    assert [path.name for path in (base / "pretrain").iterdir()] == [latest["pretrain"]]
+    assert [path.name for path in (base / "shards").iterdir()] == [latest["shards"]]
