@@ -118,7 +118,7 @@ def plan(
 
     made = load_plan(profile, set_, rerun, until, resolved(base_dir))
     verdicts = explain(made)
-    costs = forecast(made, verdicts)
+    costs, rate = forecast(made, verdicts)
     lost = wasted(made, verdicts)
     if as_json:
         stages = {
@@ -138,6 +138,7 @@ def plan(
             "profile": profile,
             "stages": stages,
             "left_out": dict(made.left_out),
+            "rate": rate,
             "unused_seconds": lost,
         }
         print(json.dumps(document, indent=1))
@@ -156,6 +157,8 @@ def plan(
         if seconds >= 60:
             where = made.runtime.base_dir / name
             print(f"{span(seconds)} of finished {name} would stay in {where} but not be used")
+    if any(verdict.state != "hit" and costs[name].facts.get("flops") for name, verdict in verdicts.items()):
+        print(f"training that has not been timed yet is reckoned with {rate}")
     known = sum(cost.seconds or 0.0 for cost in costs.values())
     unknown = sum(v.state != "hit" and costs[n].seconds is None for n, v in verdicts.items())
     more = f", and {unknown} stages that have not been timed yet" if unknown else ""

@@ -12,6 +12,8 @@ from typing import Any
 
 from flows.server import SETTINGS, configured, healthy
 from nanochat_core import store
+from nanochat_core.launch import STOP_SECONDS
+from nanochat_core.status import at_work
 
 POOL = "nanochat"
 DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments" / "prefect.yaml"
@@ -152,6 +154,17 @@ def supervise(base_dir: Path, url: str, port: int) -> None:
             ):  # the server last: the others have something to tell it
                 if name in running:
                     end(running[name])
+                if name == "worker":  # its run is gone with it, and the stage at work is saving
+                    await_stages(base_dir)
+
+
+def await_stages(base_dir: Path) -> None:
+    """Wait until no stage of this base directory is at work, but not for ever."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline and any(
+        at_work(lock) for lock in (base_dir / "locks").glob("*-*.lock")
+    ):
+        time.sleep(0.5)
 
 
 def service(name: str, command: list[str], where: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":

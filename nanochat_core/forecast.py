@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from nanochat_core import store
 from nanochat_core.plan import Plan, Verdict, latest_run
+from nanochat_core.progress import count
 
 CPU_FLOPS = 15e9  # per second and core, for small models in fp32: measured on a 2.5 GHz server core
 START_SECONDS = 5.0  # a process, torch and the data, before the first step
@@ -22,12 +23,12 @@ class Forecast(NamedTuple):
     facts: Mapping[str, float]
 
 
-def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> dict[str, Forecast]:
-    """Each row's share: from its last artefact, or from its FLOPs over the rate of what ran before."""
+def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, Forecast], str]:
+    """Each row's share, from its last artefact or its FLOPs; and the rate that these were reckoned with."""
     base_dir = plan.runtime.base_dir
     earlier = latest_run(base_dir, plan.profile) or latest_run(base_dir) or {}
     results = {name: result for name, old in earlier.items() if (result := _result(base_dir / name / old))}
-    rate, _ = flops_rate(plan, results)
+    rate, source = flops_rate(plan, results)
     found = {}
     for name, verdict in verdicts.items():
         facts, old = plan.facts(name), results.get(name)
@@ -49,7 +50,7 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> dict[str, Forecast]
         if verdict.state != "hit" and params:  # weights and two moments in fp32, for each checkpoint kept
             disk = (disk or 0) + round(12 * params * plan.runtime.keep_checkpoints)
         found[name] = Forecast(seconds, disk, facts)
-    return found
+    return found, f"{count(rate)}FLOP/s, {source}"
 
 
 def growth(facts: Mapping[str, float], before: Mapping[str, Any]) -> float:

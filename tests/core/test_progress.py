@@ -133,10 +133,11 @@ def test_a_model_is_found_by_stage_by_directory_and_by_default(toy: Toy, tmp_pat
 
 def test_a_forecast_scales_what_was_measured_and_knows_what_it_does_not(toy: Toy) -> None:
     fresh = toy.plan()
-    before = forecast.forecast(fresh, explain(fresh))
+    before, _ = forecast.forecast(fresh, explain(fresh))
     assert before["pretrain"].seconds is not None and before["base_loss"].seconds is None
     toy.make(fresh)
     changed = toy.plan("mid.steps=50")
-    after = forecast.forecast(changed, explain(changed))
+    after, rate = forecast.forecast(changed, explain(changed))
+    assert "FLOP/s" in rate
     assert after["pretrain"].seconds is None and after["pretrain"].disk
     assert after["mid"].seconds is not None and after["sft"].seconds is not None
