@@ -403,6 +403,7 @@ def main(argv: list[str]) -> int:
         nproc = json.loads(path.read_text())["runtime"]["nproc"]
         if nproc > 1:  # the death signal survives exec, so torchrun is told too
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+            os.environ["NANOCHAT_PARENT"] = str(os.getpid())  # of the ranks, once this process is torchrun
             os.execv(sys.executable, [sys.executable, *launcher, "-m", "nanochat_core.launch", str(path)])
     try:
         execute(path)

@@ -84,5 +84,6 @@ def ranks(runtime: Runtime) -> Iterator[World]:
     try:
         yield World(rank, size, device, pick_dtype(runtime, device))
     finally:
+        torch.set_flush_denormal(False)  # it would stay on for whatever this process does next
         if size > 1:
             dist.destroy_process_group()
