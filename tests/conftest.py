@@ -14,6 +14,23 @@ if TYPE_CHECKING:
 TOY = Path(__file__).parent / "toy"
 
 
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory in which the real pipeline has run once, at its smallest. Leave it as it was found."""
+    base = tmp_path_factory.mktemp("tiny") / "base"
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "run", "tiny", "--base-dir", str(base)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PREFECT_API_URL": "", "PREFECT_HOME": str(base.parent / "prefect")},
+    )
+    assert done.returncode == 0, done.stderr
+    report = Path(done.stdout.splitlines()[-1].removeprefix("report: "))
+    assert report.name == "report.md" and report.is_file()
+    return base
+
+
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Toy":
     """The toy table in this process and in each that it starts."""

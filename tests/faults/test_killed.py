@@ -15,7 +15,7 @@ STAGES = {"pretrain": 16, "mid": 10, "sft": 12, "rl": 8}
     ("before", "step"), [("pretrain", 6), ("mid", 5), ("sft", 7), ("rl", 5)], indirect=["before"]
 )
 def test_sigkill_costs_only_the_steps_since_the_checkpoint(
-    before: Path, step: int, undisturbed: Path, request: pytest.FixtureRequest
+    before: Path, step: int, tiny_base: Path, request: pytest.FixtureRequest
 ) -> None:
     stage = request.node.callspec.params["before"]
     process = start(before, stage)
@@ -25,19 +25,19 @@ def test_sigkill_costs_only_the_steps_since_the_checkpoint(
     assert not (path / "result.json").exists()
     launch.launch(tiny(before), stage)
     assert "going on from the checkpoint" in (path / "log.txt").read_text()
-    assert weights_and_losses(before, stage) == weights_and_losses(undisturbed, stage)
+    assert weights_and_losses(before, stage) == weights_and_losses(tiny_base, stage)
     assert [event["event"] for event in store.read_attempts(path)] == ["started", "started", "finished"]
 
 
 @pytest.mark.parametrize("before", ["pretrain"], indirect=True)
-def test_sigterm_ends_in_a_checkpoint_and_says_so(before: Path, undisturbed: Path) -> None:
+def test_sigterm_ends_in_a_checkpoint_and_says_so(before: Path, tiny_base: Path) -> None:
     process = start(before, "pretrain")
     path = tiny(before).jobs["pretrain"].path
     wait_for_step(process, path, 5)
     assert kill(process, signal.SIGTERM) == launch.INTERRUPTED
     assert "told to stop; saved a checkpoint" in (path / "log.txt").read_text()
     launch.launch(tiny(before), "pretrain")
-    assert weights_and_losses(before, "pretrain") == weights_and_losses(undisturbed, "pretrain")
+    assert weights_and_losses(before, "pretrain") == weights_and_losses(tiny_base, "pretrain")
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_sigterm_ends_in_a_checkpoint_and_says_so(before: Path, undisturbed: Pat
     indirect=["before"],
 )
 def test_sigkill_at_any_step_and_again_while_recovering(
-    before: Path, step: int, undisturbed: Path, request: pytest.FixtureRequest
+    before: Path, step: int, tiny_base: Path, request: pytest.FixtureRequest
 ) -> None:
     stage = request.node.callspec.params["before"]
     path = tiny(before).jobs[stage].path
@@ -56,4 +56,4 @@ def test_sigkill_at_any_step_and_again_while_recovering(
         wait_for_step(process, path, wanted)
         kill(process, signal.SIGKILL)
     launch.launch(tiny(before), stage)
-    assert weights_and_losses(before, stage) == weights_and_losses(undisturbed, stage)
+    assert weights_and_losses(before, stage) == weights_and_losses(tiny_base, stage)

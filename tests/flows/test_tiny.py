@@ -43,37 +43,26 @@ def plan(base: Path, *options: str) -> dict[str, Any]:
     return {name: stage for name, stage in stages.items() if stage["state"] != "hit"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base directory in which `tiny` has run once."""
-    found = tmp_path_factory.mktemp("tiny") / "base"
-    done = nanochat(found, "run", "tiny")
-    assert done.returncode == 0, done.stderr
-    report = Path(done.stdout.splitlines()[-1].removeprefix("report: "))
-    assert report.name == "report.md" and report.is_file()
-    return found
-
-
-def test_every_row_of_the_table_has_its_artefact_and_the_report_its_numbers(base: Path) -> None:
+def test_every_row_of_the_table_has_its_artefact_and_the_report_its_numbers(tiny_base: Path) -> None:
     for row in ROWS:
-        (directory,) = (base / row).iterdir()
-        assert store.verify(directory, base, hashes=True) is not None
-    (record,) = base.glob("report/*/result.json")
+        (directory,) = (tiny_base / row).iterdir()
+        assert store.verify(directory, tiny_base, hashes=True) is not None
+    (record,) = tiny_base.glob("report/*/result.json")
     metrics = json.loads(record.read_text())["metrics"]
     wanted = {"base/val_bpb_start", "base/val_bpb", "base/core", "mid/chatcore", "sft/chatcore"}
     assert wanted | {"rl/reward_start", "rl/reward", "sft/capitals"} <= set(metrics)
     assert metrics["base/val_bpb"] < metrics["base/val_bpb_start"]
 
 
-def test_the_same_command_again_trains_nothing(base: Path) -> None:
+def test_the_same_command_again_trains_nothing(tiny_base: Path) -> None:
     begin = time.monotonic()
-    done = nanochat(base, "run", "tiny")
+    done = nanochat(tiny_base, "run", "tiny")
     assert done.stderr == f"cached     {', '.join(ROWS)}\n"
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
 
 
-def test_a_changed_recipe_runs_what_follows_only(base: Path) -> None:
-    changed = plan(base, "--set", "sft.steps=5")
+def test_a_changed_recipe_runs_what_follows_only(tiny_base: Path) -> None:
+    changed = plan(tiny_base, "--set", "sft.steps=5")
     assert list(changed) == ["sft", "sft_eval", "rl", "rl_eval", "export", "report"]
     assert changed["sft"]["why"] == "sft.steps: 12 -> 5"
 
@@ -88,12 +77,12 @@ def without_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_prefect")
 @pytest.mark.parametrize("row", ["tokenizer", "pretrain", "mid", "sft_eval"])
-def test_a_lost_artefact_is_made_again_alone_and_the_same_without_prefect(base: Path, row: str) -> None:
-    (directory,) = (base / row).iterdir()
+def test_a_lost_artefact_is_made_again_alone_and_the_same_without_prefect(tiny_base: Path, row: str) -> None:
+    (directory,) = (tiny_base / row).iterdir()
     before = json.loads((directory / "result.json").read_text())
     shutil.rmtree(directory)
-    assert list(plan(base)) == [row]
-    assert nanochat(base, "stage", row, "tiny").returncode == 0
+    assert list(plan(tiny_base)) == [row]
+    assert nanochat(tiny_base, "stage", row, "tiny").returncode == 0
     after = json.loads((directory / "result.json").read_text())
     assert store.content(after) == store.content(before)
-    assert plan(base) == {}
+    assert plan(tiny_base) == {}
