@@ -113,7 +113,7 @@ def plan(
 ) -> None:
     """Say what `run` would do, and why: nothing is run."""
     from nanochat_core.forecast import forecast
-    from nanochat_core.plan import explain, wasted
+    from nanochat_core.plan import by_other_code, explain, wasted
     from nanochat_core.progress import count, span
 
     made = load_plan(profile, set_, rerun, until, resolved(base_dir))
@@ -140,6 +140,7 @@ def plan(
             "left_out": dict(made.left_out),
             "rate": rate,
             "unused_seconds": lost,
+            "made_by_other_code": by_other_code(made, verdicts),
         }
         print(json.dumps(document, indent=1))
         return
@@ -159,6 +160,11 @@ def plan(
             print(f"{span(seconds)} of finished {name} would stay in {where} but not be used")
     if any(verdict.state != "hit" and costs[name].facts.get("flops") for name, verdict in verdicts.items()):
         print(f"training that has not been timed yet is reckoned with {rate}")
+    other = by_other_code(made, verdicts)
+    if other:
+        print(
+            f"made by another state of the code, and kept: {', '.join(other)} (--rerun makes a stage again)"
+        )
     known = sum(cost.seconds or 0.0 for cost in costs.values())
     unknown = sum(v.state != "hit" and costs[n].seconds is None for n, v in verdicts.items())
     more = f", and {unknown} stages that have not been timed yet" if unknown else ""

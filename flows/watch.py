@@ -41,6 +41,8 @@ class Watch:
 
     def see(self, row: Mapping[str, Any]) -> None:
         if is_progress(row):
+            if "note" in row:
+                self.log.warning(f"[{self.stage}] {row['note']}")
             self.rows.put(row)
             self.also(row)
 

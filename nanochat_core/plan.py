@@ -222,6 +222,18 @@ def read_job(directory: Path) -> dict[str, Any] | None:
         return None
 
 
+def by_other_code(plan: Plan, verdicts: Mapping[str, Verdict]) -> list[str]:
+    """Finished rows whose artefact another state of this library made. That is worth a word, never a re-run
+    by itself: when a stage's meaning changes, its `version` says so."""
+    today = code_digest()
+    records = {name: read_job(plan.jobs[name].path) for name in verdicts if verdicts[name].state == "hit"}
+    return [
+        name
+        for name, record in records.items()
+        if record is not None and record.get("provenance", {}).get("code") != today
+    ]
+
+
 # Runs: which artefacts belonged together.
 
 

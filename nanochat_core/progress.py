@@ -133,7 +133,7 @@ class Terminal:
                 yield see
         else:
             self.say(f"{name:<14} starts: {why}")
-            yield lambda row: None
+            yield lambda row: self.say(f"{name:<14} note: {row['note']}") if "note" in row else None
         self.say(f"{name:<14} done in {span(time.monotonic() - begin)}  {headline(result())}".rstrip())
 
     @contextlib.contextmanager
@@ -153,6 +153,8 @@ class Terminal:
             bar = progress.add_task(f"{name:<14}", total=None, words="starting")
 
             def see(row: Row) -> None:
+                if "note" in row:
+                    progress.console.print(f"{name:<14} note: {row['note']}", highlight=False)
                 if is_progress(row):
                     words = describe(row, pace.see(row))
                     progress.update(bar, total=row["steps"], completed=row["step"], words=words)

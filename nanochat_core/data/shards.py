@@ -115,8 +115,6 @@ def embedded(root: Path, max_chars: int | None = None) -> Shards:
         "shape": f"{ROW_GROUP}/{DOCUMENT}/{EMBEDDED_TRAIN}",
     }
     name = f"embedded-{hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]}"
-    for sentence in corpus.missing():
-        print(sentence, flush=True)
 
     def make() -> Iterator[tuple[str, Sequence[str]]]:
         texts = list(corpus.documents(small=max_chars is not None and max_chars <= SMALL))

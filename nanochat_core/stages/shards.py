@@ -46,7 +46,7 @@ def _urls(cfg: Config) -> list[str]:
 
 def run(cfg: Config, job: Job) -> Metrics:
     """Bring the shards and list them with sizes, hashes, rows and row groups."""
-    from nanochat_core.data import shards
+    from nanochat_core.data import corpus, shards
     from nanochat_core.data.documents import MANIFEST, Shards
     from nanochat_core.data.fetch import offline
     from nanochat_core.store import write_whole
@@ -55,6 +55,8 @@ def run(cfg: Config, job: Job) -> Metrics:
     root.mkdir(parents=True, exist_ok=True)
 
     if cfg.source == "embedded":
+        for sentence in corpus.missing():
+            job.record(step=0, steps=1, note=sentence)
         found = shards.embedded(root, cfg.max_chars)
     elif urls := _urls(cfg):
         found = shards.download(

@@ -48,7 +48,7 @@ def pick_device(runtime: Runtime) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(
             "runtime.device is cuda, but torch sees no CUDA device; "
-            "set runtime.device=cpu, or run nanochat doctor"
+            "set runtime.device=cpu, or look why: nvidia-smi"
         )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

@@ -192,3 +192,13 @@ def test_one_stage_needs_only_what_is_missing_of_what_it_reads(toy: Toy) -> None
     assert plan.needed(made, "sft_eval", explain(made)) == ["sft", "sft_eval"]
     shutil.rmtree(made.jobs["pretrain"].path)
     assert plan.needed(made, "mid", explain(made)) == []
+
+
+def test_artefacts_of_other_code_are_named_and_kept(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = toy.plan()
+    toy.make(made)
+    verdicts = plan.explain(made)
+    assert plan.by_other_code(made, verdicts) == []
+    monkeypatch.setattr(plan, "code_digest", lambda: "another")
+    assert plan.by_other_code(made, verdicts) == list(made.jobs)
+    assert all(verdict.state == "hit" for verdict in plan.explain(made).values())

@@ -141,3 +141,10 @@ def test_a_forecast_scales_what_was_measured_and_knows_what_it_does_not(toy: Toy
     assert "FLOP/s" in rate
     assert after["pretrain"].seconds is None and after["pretrain"].disk
     assert after["mid"].seconds is not None and after["sft"].seconds is not None
+
+
+def test_a_note_of_a_stage_is_told_where_nobody_watches_a_bar() -> None:
+    out = io.StringIO()
+    with Terminal(out).stage("shards", "first run", dict) as see:
+        see({"step": 0, "steps": 1, "time": 0.0, "note": "a wheel is not installed"})
+    assert "shards         note: a wheel is not installed\n" in out.getvalue()
