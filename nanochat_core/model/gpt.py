@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_core.model import attention
+from nanochat_core.model import attention, fp8
 from nanochat_core.model.cross_entropy import softcapped_nll
 from nanochat_core.model.kv_cache import KVCache
 from nanochat_core.model.shape import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
@@ -30,8 +30,11 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias=False)
+        self.in_8_bits = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_8_bits and self.training:
+            return fp8.linear(x, self.weight.to(x.dtype))
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -272,6 +275,14 @@ class GPT(nn.Module):
         head = self.lm_head.weight[: self.config.vocab_size].to(x.dtype)
         total, nll = softcapped_nll(x.flatten(0, 1), head, targets.flatten(), weights.flatten(), SOFTCAP)
         return total, nll.view_as(targets)
+
+    def use_fp8(self) -> "GPT":
+        """Multiply the blocks' matrices in 8 bits while training; the head and evaluation stay as they
+        are."""
+        for module in self.blocks.modules():
+            if isinstance(module, Linear):
+                module.in_8_bits = fp8.fits(module.in_features, module.out_features)
+        return self
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())

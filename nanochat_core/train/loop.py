@@ -198,6 +198,8 @@ class _Runner:
         self.rows = job.runtime.device_batch.get(
             job.stage, 0
         )  # 0: the whole batch, halved while it does not fit
+        if job.runtime.precision == "fp8":
+            state.model.use_fp8()
         self.loss = torch.compile(state.model.loss, dynamic=False) if compile else state.model.loss
         self.optimizer = state.optimizer
 

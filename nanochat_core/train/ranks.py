@@ -57,7 +57,7 @@ def pick_dtype(runtime: Runtime, device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it fast (CUDA from sm80; CPUs with AVX512_BF16 or AMX), fp32
     elsewhere."""
     if runtime.precision != "auto":
-        return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+        return torch.float32 if runtime.precision == "fp32" else torch.bfloat16
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
