@@ -16,6 +16,7 @@ def run(cfg: Config, job: Job) -> Metrics:
     from nanochat_core.data.documents import shard_list
     from nanochat_core.data.packed import packed
     from nanochat_core.eval.bpb import bits_per_byte
+    from nanochat_core.store import write_json
     from nanochat_core.tokenizer.bpe import load_tokenizer
     from nanochat_core.train.ranks import ranks
     from nanochat_core.train.setup import byte_counts, trained_model
@@ -38,4 +39,6 @@ def run(cfg: Config, job: Job) -> Metrics:
                 total=world.sum,
             )
             job.record(step=i + 1, steps=2)
+        # What follows is told of a change by an artefact's files, so the numbers are one.
+        write_json(job.path / "bpb.json", metrics)
         return metrics
