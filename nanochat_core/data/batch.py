@@ -1,5 +1,6 @@
 """What the training loop eats, and a thread that prepares it ahead of time."""
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -21,8 +22,21 @@ class Batch:
     notes: dict[str, float] = field(default_factory=dict)  # what to record beside the loss
 
 
-def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
-    """The same batches, made by a thread while the one before is being used."""
+def pinned(batch: Batch) -> Batch:
+    """The batch in page-locked memory."""
+    return dataclasses.replace(
+        batch,
+        inputs=batch.inputs.pin_memory(),
+        targets=batch.targets.pin_memory(),
+        weights=batch.weights.pin_memory(),
+    )
+
+
+def ahead(batches: Iterator[Batch], *, pin: bool = False, depth: int = 2) -> Iterator[Batch]:
+    """The same batches, made by a thread while the one before is being used.
+
+    `pin` puts them in page-locked memory, from which a copy to a CUDA device does not hold the host up.
+    """
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -37,7 +51,7 @@ def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
     def work() -> None:
         try:
             for batch in batches:
-                put(batch)
+                put(pinned(batch) if pin else batch)
                 if stopped.is_set():
                     return
             put(None)

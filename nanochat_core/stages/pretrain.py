@@ -136,7 +136,10 @@ def run(cfg: Config, job: Job) -> Metrics:
             world,
             state,
             lambda state: ahead(
-                packed(shards.train, tokenizer, rows=rows, T=shape.sequence_len, cursor=state.cursor, **place)
+                packed(
+                    shards.train, tokenizer, rows=rows, T=shape.sequence_len, cursor=state.cursor, **place
+                ),
+                pin=world.device.type == "cuda",
             ),
             steps=steps,
             schedule=cfg.schedule(),

@@ -56,7 +56,8 @@ def train_on_conversations(cfg: ChatTraining, job: Job) -> Metrics:
             lambda state: ahead(
                 packed_conversations(
                     mixture, tokenizer, rows=rows, T=T, loss_on=cfg.loss_on, cursor=state.cursor, **place
-                )
+                ),
+                pin=world.device.type == "cuda",
             ),
             steps=steps,
             schedule=cfg.schedule(),
