@@ -2,8 +2,8 @@
 
 Each preset has its own optimizer settings as published, and the best of a few factors on all its rates, found
 with the first random seed. The seed recipe trains for `--steps`; modern is given `--share` of its FLOPs and a
-schedule of that length. With three random seeds each, the table gives means and spreads; `reached` says whether
-modern's mean is at or below the seed's.
+schedule of that length. With three random seeds each, the table gives means and spreads; `reached` says
+whether modern's mean is at or below the seed's.
 
     uv run python benchmarks/recipe.py [--steps 400] [--share 0.6] [--random-seeds 3] [--json]
 """
