@@ -101,7 +101,7 @@ def run(cfg: Config, job: Job) -> Metrics:
     from nanochat_core.train.checkpoint import TrainState
     from nanochat_core.train.loop import Hook, fit
     from nanochat_core.train.ranks import ranks
-    from nanochat_core.train.setup import byte_counts, leave, new_state, recorded
+    from nanochat_core.train.setup import byte_counts, learned, leave, new_state
 
     with ranks(job.runtime) as world:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])
@@ -160,16 +160,11 @@ def run(cfg: Config, job: Job) -> Metrics:
                 for prompt, answer in zip(cfg.prompts, answers, strict=True)
             ]
             (job.path / "samples.md").write_text("\n\n".join(lines) + "\n")
-        bpb, losses, speed = recorded(job, "val_bpb"), recorded(job, "loss"), recorded(job, "tokens_per_s")
-        tail = losses[-max(1, steps // 20) :]
         return {
-            "val_bpb_start": bpb[0],
-            "val_bpb": bpb[-1],
-            "train_loss": sum(tail) / len(tail),
+            **learned(job, steps),
             "params": model.num_params(),
             "steps": steps,
             "tokens": steps * batch,
             "flops": steps * batch * flops_per_token(shape),
-            "tokens_per_s": sorted(speed)[len(speed) // 2],
             "precision": str(world.dtype).removeprefix("torch."),
         }

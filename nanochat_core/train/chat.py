@@ -11,7 +11,7 @@ from nanochat_core.train.checkpoint import TrainState
 from nanochat_core.train.config import ChatTraining, divides
 from nanochat_core.train.loop import Hook, fit
 from nanochat_core.train.ranks import ranks
-from nanochat_core.train.setup import byte_counts, leave, new_state, recorded, trained_model
+from nanochat_core.train.setup import byte_counts, learned, leave, new_state, trained_model
 
 
 def train_on_conversations(cfg: ChatTraining, job: Job) -> Metrics:
@@ -69,14 +69,9 @@ def train_on_conversations(cfg: ChatTraining, job: Job) -> Metrics:
         leave(job, world, state, tokenizer)
         if not world.is_first:
             return {}
-        bpb, losses, speed = recorded(job, "val_bpb"), recorded(job, "loss"), recorded(job, "tokens_per_s")
-        tail = losses[-max(1, steps // 20) :]
         return {
-            "val_bpb_start": bpb[0],
-            "val_bpb": bpb[-1],
-            "train_loss": sum(tail) / len(tail),
+            **learned(job, steps),
             "steps": steps,
             "tokens": steps * cfg.total_batch,
             "conversations": len(mixture),
-            "tokens_per_s": sorted(speed)[len(speed) // 2],
         }

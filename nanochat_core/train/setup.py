@@ -1,5 +1,7 @@
 """What every training stage builds around the loop: state, validation, and what it leaves behind."""
 
+import json
+import statistics
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +11,7 @@ from nanochat_core.model.gpt import GPT, load_model, read_config, write_config
 from nanochat_core.optim.groups import parameter_groups
 from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates
-from nanochat_core.stage import Job
+from nanochat_core.stage import Job, Metrics
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train.checkpoint import TrainState, save_model
 from nanochat_core.train.ranks import World
@@ -58,9 +60,19 @@ def leave(job: Job, world: World, state: TrainState, tokenizer: Tokenizer) -> No
 
 def recorded(job: Job, key: str) -> list[float]:
     """A column of the stage's own metrics, in order; what a resumed stage knows of its beginning."""
-    import json
-
     path = job.path / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     return [row[key] for row in rows if key in row]
+
+
+def learned(job: Job, steps: int) -> Metrics:
+    """What a stage's records say: validation at both ends, the last twentieth's loss, the median speed."""
+    bpb, losses, speed = (recorded(job, key) for key in ("val_bpb", "loss", "tokens_per_s"))
+    tail = losses[-max(1, steps // 20) :]
+    return {
+        "val_bpb_start": bpb[0],
+        "val_bpb": bpb[-1],
+        "train_loss": sum(tail) / len(tail),
+        "tokens_per_s": statistics.median(speed),
+    }
