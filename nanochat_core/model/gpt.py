@@ -32,10 +32,21 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
         self.in_8_bits = False
 
+    def reset_parameters(self) -> None:
+        """Nothing: init_weights or a saved model fills every weight, and on the meta device torch's own way
+        of doing it imports half its compiler."""
+
     def forward(self, x: Tensor) -> Tensor:
         if self.in_8_bits and self.training:
             return fp8.linear(x, self.weight.to(x.dtype))
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table whose rows init_weights or a saved model fills."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 def norm(x: Tensor) -> Tensor:
@@ -139,14 +150,14 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         C, V, n = config.n_embd, config.padded_vocab, config.n_layer
-        self.wte = nn.Embedding(V, C)
+        self.wte = Embedding(V, C)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(n))
         self.lm_head = Linear(C, V)
         self.modern = config.arch == "modern"
         if self.modern:
             self.value_embeds = nn.ModuleDict(
                 {
-                    str(i): nn.Embedding(V, config.n_kv_head * config.head_dim)
+                    str(i): Embedding(V, config.n_kv_head * config.head_dim)
                     for i in range(n)
                     if config.has_value_embedding(i)
                 }
