@@ -17,7 +17,7 @@ from nanochat_core.stages import (
     tokenizer_eval,
 )
 
-STAGES = (
+WORK = (
     Stage("assets", assets),
     Stage(
         "shards_head", shards
@@ -80,27 +80,9 @@ STAGES = (
         reads={"model": ("rl", "sft"), "tokenizer": "tokenizer"},
         gathers=("base_loss", "base_eval", "mid_eval", "sft_eval", "rl_eval"),
     ),
-    Stage(
-        "report",
-        report,
-        gathers=(
-            "assets",
-            "shards_head",
-            "shards",
-            "tokenizer",
-            "tokenizer_eval",
-            "pretrain",
-            "base_loss",
-            "base_eval",
-            "mid",
-            "mid_eval",
-            "sft",
-            "sft_eval",
-            "rl",
-            "rl_eval",
-            "export",
-        ),
-    ),
 )
+
+# The report reads whatever was run.
+STAGES = (*WORK, Stage("report", report, gathers=tuple(stage.name for stage in WORK)))
 
 BY_NAME = {stage.name: stage for stage in STAGES}
