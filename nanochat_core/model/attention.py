@@ -4,16 +4,42 @@ Letters: B rows, T new tokens, S cached positions, H heads, D head dimension, w 
 looks).
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
-def causal(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention of (B, H, T, D) over itself; a token sees itself and at most `window` tokens before it."""
-    if window >= q.size(2) - 1:
+
+def causal(q: Tensor, k: Tensor, v: Tensor, window: int, blocks: "BlockMask | None" = None) -> Tensor:
+    """Attention of (B, H, T, D) over itself; a token sees itself and at most `window` tokens before it.
+
+    `blocks` says the same for flex_attention's kernel; without torch.compile that would make all T x T
+    scores, so it is used only inside a compiled model.
+    """
+    T = q.size(2)
+    if window >= T - 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) != q.size(1))
+    if blocks is not None and blocks.seq_lengths == (T, T) and torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import flex_attention
+
+        y = flex_attention(q, k, v, block_mask=blocks, enable_gqa=k.size(1) != q.size(1))
+        assert isinstance(y, Tensor)
+        return y
     return _banded(q, k, v, window)
+
+
+def window_blocks(window: int, T: int, device: torch.device) -> "BlockMask":
+    """Which blocks of a T x T attention a sliding window touches: flex_attention skips the others."""
+    from torch.nn.attention.flex_attention import create_block_mask  # it brings half of torch's compiler
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= query - window)
+
+    return create_block_mask(sees, None, None, T, T, device=str(device))
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, w: int) -> Tensor:

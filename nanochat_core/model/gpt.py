@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from nanochat_core.model import attention, fp8
 from nanochat_core.model.cross_entropy import softcapped_nll
 from nanochat_core.model.kv_cache import KVCache
 from nanochat_core.model.shape import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 SOFTCAP = 15.0
 NORM_EPS = 1e-6
@@ -64,6 +67,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.window = config.windows()[layer]
+        self.blocks: BlockMask | None = None
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.scale = 1.0 if config.arch == "seed" else 1.2  # sharper attention than QK-norm alone allows
         C = config.n_embd
@@ -91,7 +95,7 @@ class Attention(nn.Module):
         if self.scale != 1.0:
             q, k = q * self.scale, k * self.scale
         if past is None:
-            y = attention.causal(q, k, v, self.window)
+            y = attention.causal(q, k, v, self.window, self.blocks)
         else:
             y = past.attend(self.layer, self.window, q, k, v)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
@@ -293,6 +297,16 @@ class GPT(nn.Module):
         for module in self.blocks.modules():
             if isinstance(module, Linear):
                 module.in_8_bits = fp8.fits(module.in_features, module.out_features)
+        return self
+
+    def use_block_masks(self, device: torch.device) -> "GPT":
+        """Let a compiled model's sliding windows run in flex_attention's kernel, which knows no backward pass
+        on CPUs."""
+        T = self.config.sequence_len
+        masks = {w: attention.window_blocks(w, T, device) for w in set(self.config.windows()) if w < T - 1}
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attn.blocks = masks.get(block.attn.window)
         return self
 
     def num_params(self) -> int:

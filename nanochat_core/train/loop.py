@@ -200,6 +200,8 @@ class _Runner:
         )  # 0: the whole batch, halved while it does not fit
         if job.runtime.precision == "fp8":
             state.model.use_fp8()
+        if compile and world.device.type == "cuda":
+            state.model.use_block_masks(world.device)
         self.loss = torch.compile(state.model.loss, dynamic=False) if compile else state.model.loss
         self.optimizer = state.optimizer
 

@@ -138,6 +138,24 @@ def test_a_sliding_window_equals_a_dense_mask(T: int, window: int) -> None:
     torch.testing.assert_close(attention.causal(q, k, v, window), dense, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_compiled_models_block_masks_equal_the_bands() -> None:
+    """The path of CUDA, by the kernel torch makes of it for this CPU, which has no backward pass."""
+    config = GPTConfig.of_depth(4, 200, sequence_len=512, aspect=16, head_dim=16)
+    assert min(config.windows()) < 511
+    model = GPT(config).init_weights(1).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05)
+    idx = torch.randint(0, 200, (2, 512), generator=torch.Generator().manual_seed(0))
+    banded = model(idx)
+    model.use_block_masks(torch.device("cpu"))
+    torch.testing.assert_close(torch.compile(model)(idx), banded, atol=2e-3, rtol=1e-3)
+    graph = torch._dynamo.explain(model.forward)(idx)  # type: ignore[attr-defined]
+    targets = [str(node.target) for part in graph.graphs for node in part.graph.nodes]
+    used = [target for target in targets if "flex_attention" in target]
+    assert graph.graph_break_count == 0 and len(used) == sum(w < 511 for w in config.windows())
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_ragged_cached_rows_see_what_a_full_forward_sees(arch: str) -> None:
     model, idx = small(arch), tokens(3, 300)
