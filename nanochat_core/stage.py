@@ -49,6 +49,9 @@ class Runtime(BaseModel):
     device_batch: dict[str, int] = {}  # rows of one forward pass, by stage; what does not fit is halved
     save_minutes: float = Field(10.0, gt=0)  # a training stage saves at least this often
     save_steps: int | None = Field(None, ge=1)  # and, if set, every so many steps
+    preflight: bool = False  # `nanochat doctor` first; what it finds broken ends the run before any work
+    price_per_kwh: float | None = Field(None, ge=0)  # in your currency; the report reckons each stage's cost
+    price_per_hour: float | None = Field(None, ge=0)  # of a rented machine
     keep_checkpoints: int = Field(2, ge=1)  # of an unfinished stage; a finished one keeps only its weights
 
 

@@ -13,9 +13,11 @@ CORE = ROOT / "nanochat_core"
 
 # Each layer may import itself and those below it.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("doctor",),
     ("retention",),
-    ("status", "forecast"),
+    ("status", "forecast", "calibrate", "trial"),
     ("launch",),
+    ("guard", "inputs"),
     ("plan",),
     ("pipeline",),
     ("stages",),
@@ -24,7 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("infer", "data", "optim"),
     ("model", "tokenizer"),
     ("progress",),
-    ("stage", "store"),
+    ("orphans",),
+    ("stage", "store", "machine"),
 )
 HEAVY = {
     "torch",
