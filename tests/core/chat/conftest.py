@@ -16,7 +16,8 @@ import torch
 import uvicorn
 from safetensors.torch import save_file
 
-from nanochat_core.chat.web import Limits, create_app
+from nanochat_core.chat.gate import Limits
+from nanochat_core.chat.web import create_app
 from nanochat_core.infer.engine import Engine
 from nanochat_core.model.gpt import GPT, write_config
 from nanochat_core.model.shape import GPTConfig

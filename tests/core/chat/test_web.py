@@ -14,7 +14,8 @@ import pytest
 import uvicorn
 
 from nanochat_core.chat.load import Loaded
-from nanochat_core.chat.web import PAGE, serve
+from nanochat_core.chat.page import PAGE
+from nanochat_core.chat.web import serve
 
 LONG = {"role": "user", "content": "go on"}
 CALL = {"type": "python", "text": "1"}
