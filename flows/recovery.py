@@ -34,10 +34,11 @@ from nanochat_core import plan as plans
 from nanochat_core import store
 
 FLOW = "speedrun"
-EVERY_SECONDS = 30.0
+EVERY_SECONDS = 10.0
 STARTING_SECONDS = 20.0  # what lies between a run's being taken and its process being there
 UNSEEN_SECONDS = 120.0  # the same for a run that has left no trace of where it was taken
 FRESH = timedelta(days=1)  # a run that crashed before that has been left lying by somebody
+LONG_DUE = timedelta(days=1)
 PATIENCE = 5  # crashes in a row at one and the same step, before a run is given up
 LIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 Evidence = Literal["alive", "gone", "elsewhere", "unseen"]
@@ -214,7 +215,8 @@ class Reconciler:
             self._set(flow_run, Failed(message=f"given up after {row} crashes in a row at {where}"))
             return f"{name}: given up after {row} crashes in a row at {where}"
         self._set(flow_run, Crashed(message=f"its process is gone; it had come to {where}"))
-        self._set(flow_run, AwaitingRetry(message="put back on the queue by the reconciler"))
+        due = datetime.now(UTC) - LONG_DUE  # else a clock that is set back would have it wait for its time
+        self._set(flow_run, AwaitingRetry(scheduled_time=due, message="put back by the reconciler"))
         return f"{name}: put back on the queue, to go on from {where}"
 
     def _set(self, flow_run: FlowRun, state: Any) -> None:

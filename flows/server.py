@@ -50,6 +50,7 @@ def prepare(base_dir: Path) -> str:
     """
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
+    share_password()
     url = configured()
     if url:
         if not healthy(url):
@@ -82,6 +83,12 @@ def prepare(base_dir: Path) -> str:
             raise RuntimeError(f"the embedded Prefect server did not start; its log: {log}")
         time.sleep(0.2)
     return os.environ["PREFECT_API_URL"]
+
+
+def share_password() -> None:
+    """A server that asks for a password (PREFECT_SERVER_API_AUTH_STRING) is asked with the same one."""
+    if os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        os.environ.setdefault("PREFECT_API_AUTH_STRING", os.environ["PREFECT_SERVER_API_AUTH_STRING"])
 
 
 def healthy(url: str) -> bool:

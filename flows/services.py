@@ -1,5 +1,7 @@
 """`nanochat up`: the Prefect server, a worker and the reconciler here, started again should they end."""
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -8,9 +10,8 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from flows.server import SETTINGS, configured, healthy
+from flows.server import SETTINGS, configured, healthy, share_password
 from nanochat_core import store
 from nanochat_core.launch import STOP_SECONDS
 from nanochat_core.status import at_work
@@ -18,10 +19,12 @@ from nanochat_core.status import at_work
 POOL = "nanochat"
 DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments" / "prefect.yaml"
 STARTUP_SECONDS = 120.0
+AGAIN_SECONDS = 5.0  # before a service that ended is started again
 RETENTION = {  # a ten-day run is never touched: only what has ended is deleted
     "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": "7d",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": "90d",
+    "PREFECT_WORKER_QUERY_SECONDS": "5",  # between two looks at the queue: part of what a crash costs
 }
 
 
@@ -33,6 +36,7 @@ def up(base_dir: Path, port: int) -> str:
     """Start what is not running, register the deployments; the API's address."""
     where = folder(base_dir)
     where.mkdir(parents=True, exist_ok=True)
+    share_password()
     url = configured() or f"http://127.0.0.1:{port}/api"
     with store.locked(where / "supervisor.lock", wait=False) as free:
         pass
@@ -98,8 +102,10 @@ def down(base_dir: Path) -> bool:
     """End the services, if there are any; a run at work saves, and the next `up` has it go on."""
     where = folder(base_dir)
     with store.locked(where / "supervisor.lock", wait=False) as free:
-        if free:
-            return False
+        if free:  # killed, perhaps, and what it started lives on
+            left = any(alive(where, name) for name in ("recovery", "worker", "server"))
+            end_all(base_dir)
+            return left
     os.kill(int(json.loads((where / "supervisor.json").read_text())["pid"]), signal.SIGTERM)
     with store.locked(where / "supervisor.lock"):
         return True
@@ -116,6 +122,7 @@ def supervise(base_dir: Path, url: str, port: int) -> None:
         raise Stop
 
     signal.signal(signal.SIGTERM, stop)
+    share_password()  # a unit file starts us without `up`
     where = folder(base_dir)
     python = [sys.executable, "-m"]
     worker = f"prefect worker start --pool {POOL} --type process --limit 1 --install-policy never".split()
@@ -127,7 +134,7 @@ def supervise(base_dir: Path, url: str, port: int) -> None:
         start = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         commands = {"server": [*python, *start], **commands}
     env = os.environ | {"PREFECT_API_URL": url, "NANOCHAT_BASE_DIR": str(base_dir)}
-    running: dict[str, subprocess.Popen[bytes]] = {}
+    started: dict[str, subprocess.Popen[bytes]] = {}
     again: dict[str, float] = {}
     with store.locked(where / "supervisor.lock", wait=False) as ours:
         if not ours:
@@ -136,26 +143,25 @@ def supervise(base_dir: Path, url: str, port: int) -> None:
         try:
             while True:
                 for name, command in commands.items():
-                    process = running.get(name)
-                    if process is not None and process.poll() is None:
+                    if alive(where, name, started.get(name)):
                         continue
-                    if process is not None and name not in again:
-                        print(f"{name} ended with {process.returncode}; it is started again", flush=True)
-                        again[name] = time.monotonic() + 5
+                    if name in started and name not in again:
+                        code = started[name].returncode
+                        print(f"{name} ended with {code}; it is started again", flush=True)
+                        again[name] = time.monotonic() + AGAIN_SECONDS
                     if again.get(name, 0) <= time.monotonic() and (name == "server" or healthy(url)):
                         again.pop(name, None)
-                        running[name] = service(name, command, where, env)
+                        started[name] = service(name, command, where, env)
                 time.sleep(1)
         except Stop:
-            for name in (
-                "recovery",
-                "worker",
-                "server",
-            ):  # the server last: the others have something to tell it
-                if name in running:
-                    end(running[name])
-                if name == "worker":  # its run is gone with it, and the stage at work is saving
-                    await_stages(base_dir)
+            end_all(base_dir)
+
+
+def end_all(base_dir: Path) -> None:
+    for name in ("recovery", "worker", "server"):  # the server last: the others have something to tell it
+        end(folder(base_dir), name)
+        if name == "worker":  # its run is gone with it, and the stage at work is saving
+            await_stages(base_dir)
 
 
 def await_stages(base_dir: Path) -> None:
@@ -167,23 +173,42 @@ def await_stages(base_dir: Path) -> None:
         time.sleep(0.5)
 
 
+# A service holds a lock for as long as it lives, so that a new supervisor finds those of one that was killed.
+
+
 def service(name: str, command: list[str], where: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
-    log: dict[str, Any] = {
-        "stdin": subprocess.DEVNULL,
-        "stderr": subprocess.STDOUT,
-        "start_new_session": True,
-    }
-    with (where / f"{name}.log").open("ab") as out:
-        return subprocess.Popen(command, stdout=out, env=env, **log)
+    with (where / f"{name}.log").open("ab") as out, (where / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),  # what it starts itself does not inherit it
+            env=env,
+        )
+        lock.write(str(process.pid))
+        return process
 
 
-def end(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def alive(where: Path, name: str, process: "subprocess.Popen[bytes] | None" = None) -> bool:
+    if process is not None:
+        process.poll()  # so that a dead child does not stay a zombie
+    with store.locked(where / f"{name}.lock", wait=False) as free:
+        return not free
+
+
+def end(where: Path, name: str) -> None:
+    """Ask a service to end, and make it after half a minute."""
+    for number, seconds in ((signal.SIGTERM, 30.0), (signal.SIGKILL, 10.0)):
+        if not alive(where, name):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((where / f"{name}.lock").read_text()), number)
+        deadline = time.monotonic() + seconds
+        while alive(where, name) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

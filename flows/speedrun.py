@@ -15,13 +15,15 @@ from pydantic import Field
 
 from flows.recovery import default_base_dir, present
 from flows.watch import Cancellation, Watch
+from nanochat_core import inputs
 from nanochat_core import plan as plans
-from nanochat_core.launch import StageFailed, insist, log_tail, pending, result_of
+from nanochat_core.launch import InputLost, StageFailed, insist, log_tail, pending, result_of
 from nanochat_core.pipeline import STAGES
 from nanochat_core.plan import Plan
 from nanochat_core.progress import Row, Terminal, headline, span
 from nanochat_core.stage import Interrupted, Metrics
 
+REPAIRS = 5  # of artefacts damaged while a run was on its way; more than that is a broken disk
 DEAR_SECONDS = 3600.0  # finished work that a changed recipe may leave unused unless it is accepted
 
 terminal: ContextVar[Terminal | None] = ContextVar("terminal", default=None)
@@ -74,7 +76,8 @@ def speedrun(
         job, task_log = plan.jobs[stage], get_run_logger()
         if not pending(plan, stage, token):
             task_log.info(f"[{stage}] found finished: {job.path}")
-            return Completed(name="Adopted", message=f"found in {job.path}", data=record(plan, stage))
+            found = record(plan, stage, result_of(job.path))
+            return Completed(name="Adopted", message=f"found in {job.path}", data=found)
         why = verdicts[stage].why if verdicts[stage].state != "hit" else plans.judge(plan, stage, {}).why
         task_log.info(f"[{stage}] starts ({why}) in {job.path}")
         shown = screen.stage(stage, why, lambda: result_of(job.path)) if screen else nullcontext(no_one)
@@ -85,7 +88,7 @@ def speedrun(
             task_log.error(f"[{stage}] {failure}\n{log_tail(failure.log)}\nits log: {failure.log}")
             raise
         task_log.info(f"[{stage}] done  {headline(metrics)}")
-        return record(plan, stage)
+        return record(plan, stage, metrics)
 
     stage_task = task(
         cache_policy=BY_FINGERPRINT,
@@ -94,22 +97,44 @@ def speedrun(
         result_storage=root / "prefect" / "results",
     )(run_stage)
     results: dict[str, Any] = {}
-    with present(root, str(runtime.flow_run.id)), Cancellation() as cancellation:
-        for name, job in plan.jobs.items():
-            todo = pending(plan, name, token)
-            if screen is not None and not todo:
-                screen.found(name)
-            reads = {role: results[row] for role, row in plan.sources[name].items()}
-            one = stage_task.with_options(name=name, task_run_name=name, refresh_cache=todo)
+
+    def bring(name: str) -> bool:
+        """One row's task run; whether there was anything to do."""
+        todo = pending(plan, name, token)
+        if name in results and not todo:
+            return False
+        if screen is not None and not todo:
+            screen.found(name)
+        reads = {role: results[row] for role, row in plan.sources[name].items()}
+        one = stage_task.with_options(name=name, task_run_name=name, refresh_cache=todo)
+        results[name] = one(name, plan.jobs[name].fingerprint, str(root), reads)
+        return todo
+
+    with (
+        present(root, str(runtime.flow_run.id)),
+        Cancellation() as cancellation,
+    ):
+        for repairs_left in reversed(range(REPAIRS)):
             try:
-                results[name] = one(name, job.fingerprint, str(root), reads)
-            except Interrupted:
+                worked = [name for name in plan.jobs if bring(name)]
+                damaged = inputs.audit(plan) if worked else {}
+            except InputLost as loss:
+                if not repairs_left:
+                    raise
+                damaged = {loss.stage: loss.reason}
+            except Interrupted as end:
                 if cancellation.asked():
-                    log.info(f"cancelled in {name}; what was done is kept")
+                    log.info(f"cancelled in {end}; what was done is kept")
                     return Cancelled(
-                        message=f"stopped in {name}, which has saved a checkpoint; Retry goes on from it"
+                        message=f"stopped in {end}, which has saved a checkpoint; Retry goes on from it"
                     )
                 raise
+            if not damaged:
+                break
+            for row, why in damaged.items():
+                log.warning(f"[{row}] {why}; what is damaged is made again")
+        else:
+            raise ValueError(f"{', '.join(damaged)}: damaged again as soon as made; look at the disk")
     if screen is not None:
         screen.sum_up()
     return {name: result_of(job.path) for name, job in plan.jobs.items()}
@@ -119,14 +144,14 @@ def no_one(row: Row) -> None:
     """Where there is no terminal, nobody sees a row there."""
 
 
-def record(plan: Plan, name: str) -> dict[str, Any]:
+def record(plan: Plan, name: str, metrics: Metrics) -> dict[str, Any]:
     """What a task run returns: its artefact's place and numbers. Prefect keeps a copy; the disk decides."""
     job = plan.jobs[name]
     return {
         "stage": name,
         "fingerprint": job.fingerprint,
         "directory": str(job.path),
-        "metrics": result_of(job.path),
+        "metrics": metrics,
     }
 
 

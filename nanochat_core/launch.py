@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -21,10 +22,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanochat_core import store
+from nanochat_core import guard, inputs, machine, orphans, store
 from nanochat_core.pipeline import BY_NAME
 from nanochat_core.plan import Plan, code_digest, judge, rerun_path, saved_step
 from nanochat_core.stage import Interrupted, Job, Metrics, Runtime
@@ -34,6 +36,7 @@ Watch = Callable[[dict[str, Any]], None]
 
 INTERRUPTED = 130  # exit codes of the child
 DISK_FULL = 28
+INPUT_LOST = 66
 FULL = "the disk is full; free some space and run the same command to go on"
 STOP_SECONDS = 120.0  # a stage that was told to stop gets this long for its checkpoint
 POLL_SECONDS = 0.2
@@ -52,6 +55,14 @@ class StageFailed(Exception):
 
 class StageKilled(StageFailed):
     """A stage's process was ended from outside: by the kernel short of memory, or by somebody's kill -9."""
+
+
+class InputLost(StageFailed):
+    """What a stage reads is damaged or gone: that is to be made again first, and then this stage."""
+
+
+class ShortOfMemory(StageKilled):
+    """A stage was ended before memory ran out; what it saved is where to go on with fewer rows at a time."""
 
 
 # The parent's side.
@@ -96,9 +107,10 @@ def launch(
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | QUIET_WAITING | {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())},
+            env=environment(),
         )
     rows = follow(work / "metrics.jsonl")
+    short = False
     try:
         while process.poll() is None:
             for row in rows:
@@ -107,6 +119,10 @@ def launch(
                 watch(row)
             if stopping():
                 break
+            if BY_NAME[name].device and guard.look():
+                short = True
+                guard.relieve(process, STOP_SECONDS)
+                break
             time.sleep(POLL_SECONDS)
     finally:
         stop(process)
@@ -114,17 +130,31 @@ def launch(
         if row is None:
             break
         watch(row)
+    if short and process.returncode != 0:
+        store.note_attempt(work, "short_of_memory", rows=plan.runtime.device_batch.get(name))
+        raise ShortOfMemory(name, "memory was running out, so it was stopped; give it a smaller model, or "
+                            f"fewer rows at a time: --set runtime.device_batch.{name}=N", log)  # fmt: skip
     if process.returncode in (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT):
         raise Interrupted(name)
     try:
         result = store.verify(job.path, plan.runtime.base_dir)
-    except store.Damaged as damage:
-        raise StageFailed(name, f"its artefact is damaged: {damage}", log) from None
+    except store.Damaged as damage:  # somebody's doing, right after it was made
+        raise StageKilled(name, f"its artefact is damaged: {damage}", log) from None
     if process.returncode != 0 or result is None:
         final = log if log.exists() else job.path / "log.txt"
-        kind = StageKilled if process.returncode < 0 else StageFailed
+        killed = process.returncode <= 0 or (final.exists() and killed_rank(said_since(final, begin)))
+        kind = StageKilled if killed else StageFailed
+        if process.returncode == INPUT_LOST or (kind is StageFailed and inputs.lost(plan, name)):
+            kind = InputLost
         raise kind(name, last_words(final, begin, process.returncode), final)
     return dict(result["metrics"])
+
+
+def environment() -> dict[str, str]:
+    """A stage's: ours without the orchestrator's settings, for what a model writes may run in it, and these
+    hold the password of the API and of its database."""
+    ours = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    return ours | QUIET_WAITING | {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())}
 
 
 def insist(
@@ -142,11 +172,21 @@ def insist(
     while True:
         try:
             return launch(plan, name, watch, rerun=rerun, stopping=stopping)
-        except StageKilled:
+        except StageKilled as end:
             job = plan.jobs[name]
             steps.append(saved_step(rerun_path(job)) if forced(plan, name, rerun) else saved_step(job.path))
             if steps[-tries:].count(steps[-1]) == tries:
                 raise
+            if isinstance(end, ShortOfMemory):
+                plan = with_fewer_rows(plan, name)
+                guard.await_memory(stopping=stopping)
+
+
+def with_fewer_rows(plan: Plan, name: str) -> Plan:
+    """The plan with half a stage's device batch: the mathematics is the same, the memory is not."""
+    rows = max(1, plan.runtime.device_batch.get(name, 2 * guard.FEW_ROWS) // 2)
+    batches = plan.runtime.device_batch | {name: rows}
+    return replace(plan, runtime=plan.runtime.model_copy(update={"device_batch": batches}))
 
 
 def made_by(directory: Path, rerun: str) -> bool:
@@ -201,18 +241,41 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 def last_words(log: Path, begin: int, code: int) -> str:
-    """Why a process ended, in its own words: its last error line, or the end of its log."""
-    with log.open("rb") as f:
-        f.seek(begin)
-        lines = f.read()[-20_000:].decode(errors="replace").strip().splitlines()
+    """Why a process ended, in its own words: its error line, or the end of its log. With several ranks the
+    first to fail says why; the others only lost it."""
+    if not log.exists():  # the whole directory was taken away
+        return f"its process ended with code {code} and its directory is gone; run the same command again"
+    lines = said_since(log, begin)
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if code == DISK_FULL:
         return FULL
-    if errors:
-        return errors[-1]
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}; run the same command to go on"
+    killed = killed_rank(lines)
+    if killed is not None:
+        return f"rank {killed[0]} was ended by {killed[1].name}; run the same command to go on"
+    if errors:
+        return errors[0]
     return "\n  " + "\n  ".join(lines[-8:]) if lines else f"its process ended with code {code} and no message"
+
+
+def said_since(log: Path, begin: int) -> list[str]:
+    with log.open("rb") as f:
+        f.seek(begin)
+        return f.read()[-40_000:].decode(errors="replace").strip().splitlines()
+
+
+def killed_rank(lines: list[str]) -> tuple[int, signal.Signals] | None:
+    """The rank that a signal ended, by torchrun's account, which has SIGTERM for those it ended itself."""
+    rank = None
+    for line in lines:
+        if match := re.match(r"\s*rank\s*: (\d+) \(", line):
+            rank = int(match[1])
+        elif rank is not None and (match := re.match(r"\s*exitcode\s*: -(\d+) ", line)):
+            number = signal.Signals(int(match[1]))
+            if number != signal.SIGTERM:
+                return rank, number
+    return None
 
 
 def log_tail(log: Path, lines: int = 30) -> str:
@@ -226,15 +289,20 @@ def log_tail(log: Path, lines: int = 30) -> str:
 def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
     """The content of job.json: everything the child needs, and all that explains the artefact later."""
     job = plan.jobs[name]
-    inputs = {}
+    reads = {}
     for role, row in plan.sources[name].items():
-        result = store.read_result(job.inputs[role])
+        try:
+            result = store.read_result(job.inputs[role])
+        except store.Damaged:
+            result = None
         if result is None:
-            raise ValueError(
+            raise InputLost(
+                name,
                 f"{name} reads {row}, which is not finished; run it first: "
-                f"nanochat stage {row} {plan.profile}"
+                f"nanochat stage {row} {plan.profile}",
+                job.path / "log.txt",
             )
-        inputs[role] = {
+        reads[role] = {
             "stage": row,
             "fingerprint": plan.jobs[row].fingerprint,
             "content": store.content(result),
@@ -246,7 +314,7 @@ def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
         "profile": plan.profile,
         "config": job.config.model_dump(mode="json"),
         "fingerprint": job.fingerprint,
-        "inputs": inputs,
+        "inputs": reads,
         "rerun": rerun,
         "runtime": plan.runtime.model_dump(mode="json") | {"base_dir": str(plan.runtime.base_dir.resolve())},
         "provenance": provenance(),
@@ -265,6 +333,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "host": socket.gethostname(),
+        "hardware": machine.hardware(),
     }
 
 
@@ -306,12 +375,12 @@ def read_job_file(path: Path) -> tuple[Job, dict[str, Any]]:
         raise store.Newer(f"{path} was written by a newer nanochat; update nanochat")
     stage = BY_NAME[record["stage"]]
     runtime = Runtime.model_validate(record["runtime"])
-    inputs = {
+    reads = {
         role: runtime.base_dir / source["stage"] / source["fingerprint"]
         for role, source in record["inputs"].items()
     }
     config = stage.module.Config.model_validate(record["config"])
-    return Job(stage.name, config, inputs, path.parent, runtime, record["fingerprint"]), record
+    return Job(stage.name, config, reads, path.parent, runtime, record["fingerprint"]), record
 
 
 def execute(path: Path) -> None:
@@ -328,7 +397,8 @@ def execute(path: Path) -> None:
                 print(
                     f"another process is at work on {job.stage} {job.fingerprint}; waiting for it", flush=True
                 )
-                stack.enter_context(store.locked(lock))
+                stack.enter_context(orphans.taken_over(lock, STOP_SECONDS))
+            orphans.sign(lock)
             if job.path != final and not final.exists() and (job.path / "result.json").exists():
                 job.path.replace(final)  # a re-run that was complete but not yet put in place
                 return
@@ -340,15 +410,24 @@ def execute(path: Path) -> None:
         if not first:
             stage.module.run(job.config, job)
             return
-        attempt(job, "started", pid=os.getpid(), previous_end=last_sign_of_life(job.path))
+        guard.offer_first()
+        store.note_attempt(job.path, "started", pid=os.getpid(), previous_end=last_sign_of_life(job.path))
+        stack.enter_context(machine.logged(job.path / "machine.jsonl"))
         try:
+            inputs.insist_on(job, record["inputs"])
             metrics = stage.module.run(job.config, job)
+            # Training stages have read all but the shards at their start, and hash each shard as they open it:
+            # days are not to be lost over what was not used.
+            if stage.ranks == "one":
+                inputs.insist_on(job, record["inputs"])
         except Exception as error:
             why = "interrupted" if isinstance(error, Interrupted) else str(error) or type(error).__name__
             with contextlib.suppress(OSError):  # the disk may be what failed
-                attempt(job, "stopped", why=why)
+                store.note_attempt(job.path, "stopped", why=why)
+            if not isinstance(error, Interrupted | inputs.Lost):
+                inputs.insist_on(job, record["inputs"])  # what is damaged there is the better reason
             raise
-        attempt(job, "finished")
+        store.note_attempt(job.path, "finished")
         seconds = store.seconds_spent(store.read_attempts(job.path))
         store.commit(job.path, base_dir, metrics, job.shared, seconds, record["inputs"], record["rerun"])
         if job.path != final:
@@ -379,12 +458,6 @@ def lock_path(base_dir: Path, stage: str, fingerprint: str) -> Path:
     return base_dir / "locks" / f"{stage}-{fingerprint}.lock"
 
 
-def attempt(job: Job, event: str, **more: Any) -> None:
-    """One line in the directory's own history: when attempts began and how they ended."""
-    with (job.path / "attempts.jsonl").open("a") as f:
-        f.write(json.dumps({"event": event, "time": round(time.time(), 3), **more}) + "\n")
-
-
 def last_sign_of_life(directory: Path) -> float:
     """When an attempt that left no word was last heard of: its metrics or its log."""
     times = [
@@ -411,7 +484,7 @@ def main(argv: list[str]) -> int:
         return INTERRUPTED
     except ValueError as error:
         print(f"error: {error}", flush=True)
-        return 1
+        return INPUT_LOST if isinstance(error, inputs.Lost) else 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         with contextlib.suppress(OSError):  # the log is on that disk too, so the exit code says it as well

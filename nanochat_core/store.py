@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ PRIVATE = {
     "job.json",
     "result.json",
     "attempts.jsonl",
+    "machine.jsonl",
     "log.txt",
 }  # of a job's directory, but not of its artefact
 SCRATCH = ("checkpoints", "partial")  # what an attempt leaves for the next one; gone once the stage is done
@@ -145,9 +147,32 @@ def verify(directory: Path, base_dir: Path, *, hashes: bool = False) -> dict[str
             raise Damaged(f"{name} is missing") from None
         if size != want["size"]:
             raise Damaged(f"{name} has {size:,} bytes, not {want['size']:,}")
-        if hashes and sha256(path) != want["sha256"]:
-            raise Damaged(f"{name} has changed (its hash is another)")
+    if hashes:
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            for (_, name, want), digest in zip(listed, pool.map(_digest, listed), strict=True):
+                if digest != want["sha256"]:
+                    raise Damaged(f"{name} has changed (its hash is another)")
     return result
+
+
+def _digest(file: tuple[Path, str, Any]) -> str | None:
+    try:
+        return sha256(file[0])
+    except FileNotFoundError:  # it went while we read the others
+        return None
+
+
+def withdraw(directory: Path, why: str) -> None:
+    """Take back a result that cannot be believed any more: its stage is to be made again, right there."""
+    (directory / "result.json").unlink(missing_ok=True)
+    if directory.exists():
+        note_attempt(directory, "damaged", why=why)
+
+
+def note_attempt(directory: Path, event: str, **more: Any) -> None:
+    """One line in the directory's own history: when attempts began and how they ended."""
+    with (directory / "attempts.jsonl").open("a") as f:
+        f.write(json.dumps({"event": event, "time": round(time.time(), 3), **more}) + "\n")
 
 
 def content(result: Mapping[str, Any]) -> str:

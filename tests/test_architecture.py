@@ -15,7 +15,8 @@ CORE = ROOT / "nanochat_core"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("doctor",),
     ("retention",),
-    ("status", "forecast", "calibrate", "trial"),
+    ("status", "forecast", "trial"),
+    ("calibrate",),
     ("launch",),
     ("guard", "inputs"),
     ("plan",),

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from nanochat_core.store import Damaged, sha256
+
 MANIFEST = "shards.json"
 Split = Literal["train", "validation"]
 
@@ -49,9 +51,28 @@ def row_group(path: Path, index: int) -> list[str]:
     return texts
 
 
+class Reader:
+    """Row groups of shards whose bytes are those that were listed: each file is hashed when it is first read
+    from, and again if it was written to since."""
+
+    def __init__(self) -> None:
+        self.trusted: dict[Path, int] = {}  # when the file that was hashed had been written
+
+    def row_group(self, shard: Shard, index: int) -> list[str]:
+        try:
+            written = shard.path.stat().st_mtime_ns
+            if self.trusted.get(shard.path) != written:
+                if sha256(shard.path) != shard.sha256:
+                    raise Damaged(f"shard {shard.path} has changed since it was listed (its hash is another)")
+                self.trusted[shard.path] = written
+            return row_group(shard.path, index)
+        except FileNotFoundError:
+            raise Damaged(f"shard {shard.path} is missing") from None
+
+
 def texts(directory: Path, split: Split) -> Iterator[str]:
     """Every document of a split, in the order of the shards."""
-    shards = shard_list(directory)
+    shards, reader = shard_list(directory), Reader()
     for shard in shards.train if split == "train" else shards.validation:
         for index in range(shard.row_groups):
-            yield from row_group(shard.path, index)
+            yield from reader.row_group(shard, index)

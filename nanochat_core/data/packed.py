@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nanochat_core.data.batch import Batch
-from nanochat_core.data.documents import Shard, row_group
+from nanochat_core.data.documents import Reader, Shard
 from nanochat_core.tokenizer.bpe import Tokenizer
 
 BUFFER_DOCS = 1000  # documents to choose from
@@ -83,6 +83,7 @@ class _Stream:
             )
         self.shards, self.tokenizer, self.rank, self.size = shards, tokenizer, rank, size
         self.epochs, self.buffer_docs = epochs, buffer_docs
+        self.reader = Reader()
         self.first_row = np.concatenate([[0], np.cumsum([shard.rows for shard in shards])])
         self.epoch, self.shard, self.group, self.row = cursor.get("next", (0, 0, 0, 0))
         self.arrivals: int = cursor.get("arrivals", 0)
@@ -99,7 +100,7 @@ class _Stream:
         """All documents of a row group as token arrays; the last group read is kept, for resuming asks in
         order."""
         if self._cache is None or self._cache[0] != (shard, group):
-            texts = row_group(self.shards[shard].path, group)
+            texts = self.reader.row_group(self.shards[shard], group)
             ids = self.tokenizer.encode_batch(texts)
             self._cache = ((shard, group), [np.asarray(document, dtype=np.int64) for document in ids])
         return self._cache[1]

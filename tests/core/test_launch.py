@@ -104,7 +104,7 @@ def test_a_failure_ends_in_its_own_words_and_goes_on_from_the_checkpoint(toy: To
 
 
 def test_a_stage_whose_input_is_missing_says_which(toy: Toy) -> None:
-    with pytest.raises(ValueError, match="pretrain reads shards, which is not finished"):
+    with pytest.raises(launching.InputLost, match="pretrain reads shards, which is not finished"):
         launch(toy.plan(), "pretrain")
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nanochat_core.data.batch import Batch, ahead
 from nanochat_core.data.documents import Shard
 from nanochat_core.data.packed import packed
+from nanochat_core.store import sha256
 from nanochat_core.tokenizer.bpe import Tokenizer, train
 
 T = 16
@@ -26,7 +27,7 @@ def tokenizer() -> Tokenizer:
 def shard(folder: Path, name: str, documents: list[str], group: int) -> Shard:
     path = folder / name
     pq.write_table(pa.table({"text": pa.array(documents, pa.string())}), path, row_group_size=group)
-    return Shard(name, path, 0, "", len(documents), pq.ParquetFile(path).num_row_groups)
+    return Shard(name, path, 0, sha256(path), len(documents), pq.ParquetFile(path).num_row_groups)
 
 
 @pytest.fixture(scope="session")

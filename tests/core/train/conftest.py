@@ -11,6 +11,7 @@ from tinytrain import WORLD, documents, tiny_model
 
 from nanochat_core.data.documents import Shard
 from nanochat_core.optim.schedule import Rates
+from nanochat_core.store import sha256
 from nanochat_core.tokenizer.bpe import Tokenizer, train
 from nanochat_core.train.checkpoint import TrainState
 from nanochat_core.train.setup import new_state
@@ -29,7 +30,7 @@ def shards(tmp_path: Path) -> list[Shard]:
         path = tmp_path / f"shard_{i}.parquet"
         texts = documents(80)[40 * i : 40 * (i + 1)]
         pq.write_table(pa.table({"text": texts}), path, row_group_size=16)
-        found.append(Shard(path.name, path, path.stat().st_size, "", 40, 3))
+        found.append(Shard(path.name, path, path.stat().st_size, sha256(path), 40, 3))
     return found
 
 
