@@ -427,9 +427,10 @@ def execute(path: Path) -> None:
             if not isinstance(error, Interrupted | inputs.Lost):
                 inputs.insist_on(job, record["inputs"])  # what is damaged there is the better reason
             raise
-        store.note_attempt(job.path, "finished")
-        seconds = store.seconds_spent(store.read_attempts(job.path))
+        attempts = [*store.read_attempts(job.path), {"event": "finished", "time": time.time()}]
+        seconds = store.seconds_spent(attempts)
         store.commit(job.path, base_dir, metrics, job.shared, seconds, record["inputs"], record["rerun"])
+        store.note_attempt(job.path, "finished")
         if job.path != final:
             old = final.with_name(final.name + ".old")
             shutil.rmtree(old, ignore_errors=True)

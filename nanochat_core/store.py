@@ -95,19 +95,17 @@ def commit(
     for name in files:  # the hashes are of what the disk holds, not only of what the page cache does
         with (directory / name).open("rb") as f:
             os.fsync(f.fileno())
-    write_json(
-        directory / "result.json",
-        {
-            "format": FORMAT,
-            "metrics": metrics,
-            "files": files,
-            "shared": {str(path.relative_to(base_dir)): entry(path) for path in sorted(shared)},
-            "inputs": inputs,
-            "rerun": rerun,
-            "seconds": round(seconds, 3),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        },
-    )
+    result = {
+        "format": FORMAT,
+        "metrics": metrics,
+        "files": files,
+        "shared": {str(path.relative_to(base_dir)): entry(path) for path in sorted(shared)},
+        "inputs": inputs,
+        "rerun": rerun,
+        "seconds": round(seconds, 3),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(directory / "result.json", result | {"seal": seal(result)})
     for name in SCRATCH:
         shutil.rmtree(directory / name, ignore_errors=True)
 
@@ -148,11 +146,19 @@ def verify(directory: Path, base_dir: Path, *, hashes: bool = False) -> dict[str
         if size != want["size"]:
             raise Damaged(f"{name} has {size:,} bytes, not {want['size']:,}")
     if hashes:
+        if result.get("seal", seal(result)) != seal(result):
+            raise Damaged("result.json has changed (its seal is another)")
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for (_, name, want), digest in zip(listed, pool.map(_digest, listed), strict=True):
                 if digest != want["sha256"]:
                     raise Damaged(f"{name} has changed (its hash is another)")
     return result
+
+
+def seal(result: Mapping[str, Any]) -> str:
+    """A digest of a result's own record: its numbers are in no other file whose hash would tell."""
+    rest = {key: value for key, value in result.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: tuple[Path, str, Any]) -> str | None:

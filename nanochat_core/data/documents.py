@@ -1,11 +1,12 @@
 """Reading the text that the shards stage listed: its manifest, single row groups, or all documents."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from nanochat_core.store import Damaged, sha256
+from nanochat_core.store import Damaged
 
 MANIFEST = "shards.json"
 Split = Literal["train", "validation"]
@@ -42,32 +43,34 @@ def shard_list(directory: Path, downloads: Path | None = None) -> Shards:
     return Shards(train, validation)
 
 
-def row_group(path: Path, index: int) -> list[str]:
-    """The documents of one row group."""
+def row_group(source: Path | bytes, index: int) -> list[str]:
+    """The documents of one row group of a file, or of its content."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source)) as file:
         texts: list[str] = file.read_row_group(index, columns=["text"]).column("text").to_pylist()
     return texts
 
 
 class Reader:
-    """Row groups of shards whose bytes are those that were listed: each file is hashed when it is first read
-    from, and again if it was written to since."""
+    """Row groups of shards whose bytes are those that were listed. The shard being read is kept in memory
+    (100 MB of the usual data sets), so that what was hashed and what is read are the same bytes."""
 
     def __init__(self) -> None:
-        self.trusted: dict[Path, int] = {}  # when the file that was hashed had been written
+        self.path: Path | None = None
+        self.data = b""
 
     def row_group(self, shard: Shard, index: int) -> list[str]:
-        try:
-            written = shard.path.stat().st_mtime_ns
-            if self.trusted.get(shard.path) != written:
-                if sha256(shard.path) != shard.sha256:
-                    raise Damaged(f"shard {shard.path} has changed since it was listed (its hash is another)")
-                self.trusted[shard.path] = written
-            return row_group(shard.path, index)
-        except FileNotFoundError:
-            raise Damaged(f"shard {shard.path} is missing") from None
+        if self.path != shard.path:
+            try:
+                data = shard.path.read_bytes()
+            except FileNotFoundError:
+                raise Damaged(f"shard {shard.path} is missing") from None
+            if hashlib.sha256(data).hexdigest() != shard.sha256:
+                raise Damaged(f"shard {shard.path} has changed since it was listed (its hash is another)")
+            self.path, self.data = shard.path, data
+        return row_group(self.data, index)
 
 
 def texts(directory: Path, split: Split) -> Iterator[str]:

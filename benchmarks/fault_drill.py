@@ -1,0 +1,490 @@
+"""Faults at random moments of `tiny` runs on a real server, worker and reconciler, until N were made.
+
+    uv run python benchmarks/fault_drill.py --faults 100 --seed 1 [--postgres] [--json]
+
+Each run is started through the API and suffers --per-run faults; kind, stage and delay are drawn from the
+seed. After each run: it has ended by itself, weights and report are those of an undisturbed run, nothing that
+had finished ran twice, no process and no slot is left. A run that is not so is lost: it is listed with the
+reason, and the exit code is 1. What only a person can do is done as the runbook says: `nanochat up` after
+a power cut (systemd's part), Retry after a cancel, free space and Retry after a full disk.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from machine import Machine, Postgres, until
+
+from nanochat_core import plan as plans
+from nanochat_core import store
+
+TRAINED = ("pretrain", "mid", "sft", "rl")
+DAMAGES = ("artefact deleted", "artefact truncated", "one bit flipped")
+FAKETIME = ("/usr/lib/x86_64-linux-gnu/faketime", "/usr/lib/aarch64-linux-gnu/faketime")
+CLOCK_EVERY = 6  # runs: for one in so many the machine is started with a clock that can be set
+DISK_BYTES = 256 * 2**20
+DELAY_SECONDS = 4.0  # the longest wait between a stage's beginning and its fault
+RUN_SECONDS = 1500.0  # a run that takes longer is lost
+RESUME_SECONDS = 300.0
+
+
+@dataclass
+class Made:
+    """One fault as it was made."""
+
+    kind: str
+    run: int
+    stage: str  # at work at that moment
+    resume: float | None = None  # seconds until anything was recorded again
+    detail: str = ""
+
+
+@dataclass
+class Drill:
+    machine: Machine
+    postgres: Postgres | None
+    reference: dict[str, Any]
+    away: float
+    clock: Path  # what libfaketime reads
+    run: str = ""
+    others: list[str] = field(default_factory=list)  # flow runs started at the same time
+    by_hand: "list[subprocess.Popen[str]]" = field(default_factory=list)
+    damaged: set[str] = field(default_factory=set)  # stages, which may run again
+
+    # The faults. Each returns a word about what was done.
+
+    def kill_trainer(self, rng: random.Random) -> str:
+        return f"{self.machine.kill('stage')} killed"
+
+    def kill_flow(self, rng: random.Random) -> str:
+        return f"{self.machine.kill('flow')} killed"
+
+    def kill_worker(self, rng: random.Random) -> str:
+        return f"{self.machine.kill('worker')} killed"
+
+    def stop_worker(self, rng: random.Random) -> str:
+        return f"{self.machine.kill('worker', number=15)} told to stop"
+
+    def kill_server(self, rng: random.Random) -> str:
+        return f"{self.machine.kill('server')} killed"
+
+    def kill_reconciler(self, rng: random.Random) -> str:
+        return f"{self.machine.kill('recovery')} killed"
+
+    def kill_supervisor(self, rng: random.Random) -> str:
+        """With it gone nothing is restarted; what it left must be found by the next one."""
+        self.machine.kill("supervisor")
+        killed = self.machine.kill(rng.choice(("server", "worker", "recovery")))
+        self.machine.up()
+        return f"and {killed} of its services"
+
+    def cut_power(self, rng: random.Random) -> str:
+        killed = self.machine.power_cut()
+        if self.postgres:
+            self.postgres.cut()
+            self.postgres.start()
+        self.machine.up()
+        return f"{killed} processes"
+
+    def server_away(self, rng: random.Random) -> str:
+        """Connections are refused for a while: the supervisor sleeps, so nobody starts it again."""
+        self.machine.kill("supervisor", number=19)
+        self.machine.kill("server")
+        time.sleep(self.away)
+        self.machine.kill("supervisor", number=18)
+        return f"for {self.away:.0f} s"
+
+    def server_hangs(self, rng: random.Random) -> str:
+        self.machine.kill("server", number=19)
+        time.sleep(self.away)
+        self.machine.kill("server", number=18)
+        return f"for {self.away:.0f} s"
+
+    def cancel(self, rng: random.Random) -> str:
+        self.machine.set_state(self.run, "CANCELLING", "Cancelling")
+        took = until(lambda: self.machine.state(self.run)["type"] == "CANCELLED", 120)
+        if took is None:
+            raise RuntimeError("a cancelled run did not end")
+        self.retry()
+        return f"ended after {took:.0f} s"
+
+    def fill_disk(self, rng: random.Random) -> str:
+        filler = self.machine.base / "filler"
+        with filler.open("wb") as f, contextlib.suppress(OSError):
+            while True:
+                f.write(bytes(2**16))
+                f.flush()
+        final = ("FAILED", "COMPLETED", "CRASHED")
+        took = until(lambda: self.machine.state(self.run)["type"] in final, 120, every=1)
+        state = self.machine.state(self.run)
+        filler.unlink()
+        if state["type"] == "FAILED":
+            self.retry()
+        return f"{state['name']} after {took or 120:.0f} s: {state['message']}"[:100]
+
+    def damage(self, rng: random.Random, kind: str) -> str:
+        finished = sorted(path.parent for path in self.machine.base.glob("*/*/result.json"))
+        if not finished:
+            return "nothing was finished yet"
+        directory = rng.choice(finished)
+        try:
+            result = store.read_result(directory) or {"files": {}}
+        except store.Damaged:
+            return "it was damaged already"
+        files = [directory / name for name in [*result["files"], "result.json"]]
+        files += [self.machine.base / name for name in result.get("shared", {})]
+        victim = rng.choice([path for path in files if path.is_file() and path.stat().st_size])
+        shared = victim.relative_to(self.machine.base)
+        self.damaged |= {directory.parent.name}
+        if shared.parts[0] == "downloads":
+            self.damaged |= {"shards", "shards_head", "assets"}
+        if kind == "artefact deleted":
+            if rng.random() < 0.3:
+                shutil.rmtree(directory)
+                return f"{directory.parent.name}, all of it"
+            victim.unlink()
+        elif kind == "artefact truncated":
+            os.truncate(victim, victim.stat().st_size // 2)
+        else:
+            stat = victim.stat()
+            data = bytearray(victim.read_bytes())
+            place = rng.randrange(len(data))
+            data[place] ^= 1 << rng.randrange(8)
+            with victim.open("r+b") as f:
+                f.write(data)
+            os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # a disk that rots tells nobody when
+        return str(shared)
+
+    def second_run(self, rng: random.Random) -> str:
+        if rng.random() < 0.5:
+            self.others.append(self.machine.start())
+            return "through the API"
+        self.by_hand.append(self.machine.command("run", "tiny"))
+        return "by hand"
+
+    def set_clock_back(self, rng: random.Random) -> str:
+        self.clock.write_text("-3600\n")
+        return "by an hour"
+
+    # What is done about a run.
+
+    def retry(self) -> None:
+        self.machine.set_state(self.run, "SCHEDULED", "AwaitingRetry")
+
+    def pulse(self) -> dict[Path, int]:
+        """What the stages have recorded: it grows as long as work is done."""
+        files = [*self.machine.base.glob("*/*/metrics.jsonl"), *self.machine.base.glob("*/*/result.json")]
+        sizes = {}
+        for path in files:
+            with contextlib.suppress(FileNotFoundError):
+                sizes[path] = path.stat().st_size
+        return sizes
+
+    def over(self) -> bool:
+        return self.machine.state(self.run)["type"] in ("COMPLETED", "FAILED", "CANCELLED")
+
+    def resumed(self, begin: float) -> float | None:
+        """Seconds from `begin` until there is more of anything than there was."""
+        seen = self.pulse()
+        while time.monotonic() - begin < RESUME_SECONDS:
+            now = self.pulse()
+            if any(size > seen.get(path, 0) for path, size in now.items()):
+                return time.monotonic() - begin
+            seen = now
+            time.sleep(0.1)
+            if int(time.monotonic()) % 5 == 0 and self.over():
+                return None
+        return None
+
+
+FAULTS: dict[str, Callable[[Drill, random.Random], str]] = {
+    "SIGKILL trainer": Drill.kill_trainer,
+    "SIGKILL flow process": Drill.kill_flow,
+    "SIGKILL worker": Drill.kill_worker,
+    "SIGKILL server": Drill.kill_server,
+    "SIGKILL reconciler": Drill.kill_reconciler,
+    "SIGKILL supervisor + 1": Drill.kill_supervisor,
+    "power cut": Drill.cut_power,
+    "SIGTERM worker": Drill.stop_worker,
+    "server away": Drill.server_away,
+    "server hangs": Drill.server_hangs,
+    "cancel, then Retry": Drill.cancel,
+    "disk full, then Retry": Drill.fill_disk,
+    "artefact deleted": lambda drill, rng: drill.damage(rng, "artefact deleted"),
+    "artefact truncated": lambda drill, rng: drill.damage(rng, "artefact truncated"),
+    "one bit flipped": lambda drill, rng: drill.damage(rng, "one bit flipped"),
+    "second run at once": Drill.second_run,
+    "clock back an hour": Drill.set_clock_back,
+}
+INTERRUPTING = {
+    "SIGKILL trainer",
+    "SIGKILL flow process",
+    "SIGKILL supervisor + 1",
+    "power cut",
+    "SIGTERM worker",
+    "cancel, then Retry",
+    "disk full, then Retry",
+}
+
+
+def outcome(base: Path) -> dict[str, Any]:
+    """What must not depend on what happened on the way: all weights, and every number of the report."""
+    jobs = plans.load("tiny", base_dir=base).jobs
+    weights = {
+        stage: hashlib.sha256((jobs[stage].path / "model.safetensors").read_bytes()).hexdigest()
+        for stage in TRAINED
+    }
+    result = store.verify(jobs["report"].path, base, hashes=True)
+    return {"weights": weights, "report": result["metrics"] if result else None}
+
+
+def ran_twice(base: Path, allowed: set[str]) -> list[str]:
+    """Stages that were started after they had finished, and not because their artefact was damaged."""
+    found = []
+    for path in sorted(base.glob("*/*/attempts.jsonl")):
+        events = [json.loads(line)["event"] for line in path.read_text().splitlines()]
+        stage = path.parent.parent.name
+        if "started" in events[events.index("finished") :] and stage not in allowed:
+            found.append(stage)
+    return found
+
+
+def wrong(drill: Drill) -> str | None:
+    """Why a run is lost, or None: everything that must be so after a run."""
+    machine = drill.machine
+    if until(drill.over, RUN_SECONDS, every=1) is None:
+        return f"it did not end within {RUN_SECONDS:.0f} s: {machine.state(drill.run)}"
+    state = machine.state(drill.run)
+    if state["type"] != "COMPLETED":
+        return f"it ended {state['name']}: {state['message']}"
+    for other in drill.others:
+        if until(lambda run=other: machine.state(run)["type"] == "COMPLETED", 300, every=1) is None:
+            return f"the run started at the same time is {machine.state(other)}"
+    for process in drill.by_hand:
+        said, _ = process.communicate(timeout=600)
+        if process.returncode != 0:
+            return f"the run by hand ended with {process.returncode}: {said[-300:]}"
+    if until(lambda: not machine.strangers(), 30) is None:
+        return f"left over: {machine.strangers()}"
+    if until(lambda: machine.unfinished() == 0, 60, every=1) is None:
+        return f"{machine.unfinished()} slots are still taken"
+    if (doubled := ran_twice(machine.base, drill.damaged)) != []:
+        return f"ran twice: {doubled}"
+    for name, job in plans.load("tiny", base_dir=machine.base).jobs.items():
+        try:
+            store.verify(job.path, machine.base, hashes=True)
+        except store.Damaged as damage:
+            return f"{name} is left damaged: {damage}"
+    try:
+        found = outcome(machine.base)
+    except (OSError, ValueError) as error:
+        return f"its outcome is incomplete: {error}"
+    if found != drill.reference:
+        others = [stage for stage in TRAINED if found["weights"][stage] != drill.reference["weights"][stage]]
+        return f"it came out different: {others or 'the report'}"
+    return None
+
+
+def one_run(drill: Drill, number: int, kinds: list[str], rng: random.Random) -> tuple[list[Made], str | None]:
+    """A run with its faults, each at its drawn moment."""
+    machine = drill.machine
+    for path in machine.base.iterdir():
+        if path.name not in ("prefect", "locks"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    drill.clock.write_text("+0\n")
+    drill.others, drill.by_hand, drill.damaged = [], [], set()
+    rows = list(plans.load("tiny", base_dir=machine.base).jobs)
+    moments = sorted(
+        ((rng.randrange(2 if kind in DAMAGES else 0, len(rows)), rng.uniform(0, DELAY_SECONDS)), kind)
+        for kind in kinds
+    )
+    drill.run = machine.start()
+    made: list[Made] = []
+    begun, deadline = "", time.monotonic() + RUN_SECONDS
+    for (row, delay), kind in moments:
+        while time.monotonic() < deadline:
+            begun = machine.stage() or ""
+            if begun and rows.index(begun) >= row:
+                break
+            if drill.over():
+                break
+            time.sleep(0.1)
+        time.sleep(delay)
+        if drill.over():
+            break  # too late: this fault is not counted, and drawn again
+        fault = Made(kind, number, machine.stage() or "between stages")
+        begin = time.monotonic()
+        try:
+            fault.detail = FAULTS[kind](drill, rng)
+        except RuntimeError as error:
+            return [*made, fault], str(error)
+        if kind in INTERRUPTING:
+            fault.resume = drill.resumed(begin)
+        made.append(fault)
+        said = f" resumed after {fault.resume:.1f} s" if fault.resume is not None else ""
+        print(f"  run {number}  {fault.stage:<15}{kind:<24}{fault.detail}{said}", flush=True)
+    return made, wrong(drill)
+
+
+@contextlib.contextmanager
+def computer(args: argparse.Namespace) -> Iterator[Drill]:
+    root = Path(tempfile.mkdtemp(prefix="nanochat-drill-"))
+    root.chmod(0o755)  # the user postgres has to reach its folder
+    clock = root / "clock"
+    clock.write_text("+0\n")
+    postgres = Postgres(root) if args.postgres else None
+    machine = Machine(root)
+    if postgres:
+        machine.env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = postgres.url
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(machine.base)], capture_output=True
+    )
+    mounted = mount.returncode == 0
+    if not mounted:
+        FAULTS.pop("disk full, then Retry")
+        print("left out: disk full (a small disk cannot be mounted here)", flush=True)
+    try:
+        begin = time.monotonic()
+        machine.nanochat("run", "tiny")
+        print(f"the undisturbed run took {time.monotonic() - begin:.0f} s", flush=True)
+        yield Drill(machine, postgres, outcome(machine.base), args.away, clock)
+    finally:
+        machine.kill(number=18)
+        machine.power_cut()
+        if postgres:
+            postgres.cut()
+        if mounted:
+            subprocess.run(["umount", "-l", str(machine.base)])
+        if args.keep:
+            print(f"kept: {root}")
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+def decks(rng: random.Random) -> Iterator[str]:
+    """Every kind as often as every other, in a drawn order."""
+    while True:
+        deck = [kind for kind in FAULTS if kind != "clock back an hour"]
+        rng.shuffle(deck)
+        yield from deck
+
+
+def drill_until(drill: Drill, args: argparse.Namespace) -> tuple[list[Made], dict[int, str]]:
+    faketime = next((path for name in FAKETIME if (path := Path(name, "libfaketimeMT.so.1")).exists()), None)
+    if faketime is None:
+        print("left out: the clock set back (libfaketime is not installed)", flush=True)
+    settable = {
+        "LD_PRELOAD": str(faketime),
+        "FAKETIME_TIMESTAMP_FILE": str(drill.clock),
+        "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+        "NO_FAKE_STAT": "1",
+    }
+    made: list[Made] = []
+    lost: dict[int, str] = {}
+    deck = decks(random.Random(args.seed))
+    number, up = 0, False
+    while len(made) < args.faults:
+        rng = random.Random(f"{args.seed}-{number}")
+        clock = faketime is not None and number % CLOCK_EVERY == min(1, CLOCK_EVERY - 1)
+        kinds = [next(deck) for _ in range(min(args.per_run, args.faults - len(made)))]
+        if clock:
+            kinds[-1] = "clock back an hour"
+        if not up or ("LD_PRELOAD" in drill.machine.env) != clock:
+            if up:
+                drill.machine.down()
+            for key, value in settable.items():
+                if clock:
+                    drill.machine.env[key] = value
+                else:
+                    drill.machine.env.pop(key, None)
+            drill.machine.up()
+            up = True
+        begin = time.monotonic()
+        faults, why = one_run(drill, number, kinds, rng)
+        made += faults
+        seconds = time.monotonic() - begin
+        print(f"run {number}: {why or 'as undisturbed'} ({len(faults)} faults, {seconds:.0f} s)", flush=True)
+        if why:
+            lost[number] = why
+            if args.stop:
+                break
+            drill.machine.power_cut()  # what it left must not spoil the next run
+            shutil.rmtree(drill.machine.base / "locks", ignore_errors=True)
+            drill.machine.up()
+            if drill.machine.state(drill.run)["type"] not in ("COMPLETED", "FAILED"):
+                drill.machine.set_state(drill.run, "FAILED", "Failed")
+        number += 1
+    return made, lost
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--faults", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--per-run", type=int, default=6, help="faults that one run suffers")
+    parser.add_argument("--away", type=float, default=20.0, help="seconds that the server is away or hangs")
+    parser.add_argument("--only", metavar="KIND", nargs="+", help="only faults whose name contains this")
+    parser.add_argument("--postgres", action="store_true", help="a PostgreSQL instead of SQLite")
+    parser.add_argument("--stop", action="store_true", help="end at the first lost run")
+    parser.add_argument("--keep", action="store_true", help="leave the directory to be looked at")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    args = parser.parse_args()
+    if args.only:
+        for kind in [kind for kind in FAULTS if not any(word in kind for word in args.only)]:
+            FAULTS.pop(kind)
+    begin = time.monotonic()
+    with computer(args) as drill:
+        made, lost = drill_until(drill, args)
+    head = ("fault", "made", "lost", "resumed after (median)", "(longest)")
+    print(f"\n{head[0]:<26}{head[1]:>5}{head[2]:>6}{head[3]:>25}{head[4]:>12}")
+    table = {}
+    for kind in FAULTS:
+        faults = [fault for fault in made if fault.kind == kind]
+        if not faults:
+            continue
+        resumed = [fault.resume for fault in faults if fault.resume is not None]
+        in_lost = sum(fault.run in lost for fault in faults)
+        middle, longest = (statistics.median(resumed), max(resumed)) if resumed else (None, None)
+        shown = [f"{seconds:.1f} s" if seconds is not None else "-" for seconds in (middle, longest)]
+        print(f"{kind:<26}{len(faults):>5}{in_lost:>6}{shown[0]:>25}{shown[1]:>12}")
+        table[kind] = {"made": len(faults), "lost": in_lost, "median_s": middle, "longest_s": longest}
+    runs = {fault.run for fault in made}
+    print(f"{len(made)} faults in {len(runs)} runs, {len(lost)} lost, {time.monotonic() - begin:.0f} s")
+    for number, why in lost.items():
+        print(f"lost: run {number}: {why}")
+    if args.json:
+        database = "postgresql" if args.postgres else "sqlite"
+        print(
+            json.dumps(
+                {
+                    "faults": len(made),
+                    "runs": len(runs),
+                    "lost": {str(number): why for number, why in lost.items()},
+                    "seed": args.seed,
+                    "database": database,
+                    "by_kind": table,
+                }
+            )
+        )
+    sys.exit(1 if lost or not made else 0)
+
+
+if __name__ == "__main__":
+    main()
