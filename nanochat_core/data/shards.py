@@ -12,15 +12,19 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanochat_core.data import corpus
 from nanochat_core.data.documents import MANIFEST, Shard, Shards, shard_list
 from nanochat_core.data.fetch import Progress, Remote, fetch
 from nanochat_core.data.hub import HUB
+from nanochat_core.data.raw_text import DOCUMENT, check_column, kind, pieces, read_documents
 from nanochat_core.store import locked, sha256, sync_directory, write_whole
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 ROW_GROUP = 256  # documents; ranks take turns at row groups, so even a small shard has four
-DOCUMENT = 4_000  # characters: longer ones are cut at a line end, so that a batch sees many documents
 EMBEDDED_TRAIN = 4  # shards of about 5.2 MB of text each
 SMALL = 5_000_000  # characters of a corpus that goes without docstrings
 HELD_OUT = 0.02  # of the embedded corpus's characters, whole documents
@@ -30,14 +34,15 @@ LOCAL_SHARD = 50_000_000  # characters of a shard made from local jsonl or txt f
 # ----------------------------------------------------------------------------------------- parquet in and out
 
 
-def write_shard(path: Path, texts: Sequence[str]) -> None:
-    """One shard, written whole: zstd, row groups of 256 documents or a quarter of the shard."""
+def write_shard(path: Path, texts: "Sequence[str] | pa.ChunkedArray", row_group: int = ROW_GROUP) -> None:
+    """One shard, written whole: zstd, row groups of so many documents or of a quarter of the shard."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = max(1, min(ROW_GROUP, len(texts) // 4))
+    rows = max(1, min(row_group, len(texts) // 4))
     part = path.with_name(path.name + ".part")
-    table = pa.table({"text": pa.array(texts, type=pa.string())})
+    column = texts.cast(pa.string()) if isinstance(texts, pa.ChunkedArray) else pa.array(texts, pa.string())
+    table = pa.table({"text": column})
     with part.open("wb") as file:
         pq.write_table(table, file, row_group_size=rows, compression="zstd", compression_level=3)
         file.flush()
@@ -56,13 +61,7 @@ def describe(path: Path) -> Shard:
             schema, rows, row_groups = file.schema_arrow, file.metadata.num_rows, file.num_row_groups
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a parquet file that can be read: {error}") from None
-    if "text" not in schema.names:
-        raise ValueError(
-            f"{path} has no column 'text' (it has {', '.join(schema.names)}): name the text column so"
-        )
-    kind = schema.field("text").type
-    if kind not in (pa.string(), pa.large_string()):
-        raise ValueError(f"{path}: column 'text' holds {kind}, expected strings")
+    check_column(str(path), schema, "text")
     if rows == 0:
         raise ValueError(f"{path} is empty: expected at least one document")
     return Shard(path.name, path, path.stat().st_size, sha256(path), rows, row_groups)
@@ -141,17 +140,6 @@ def split_documents(texts: list[str], max_chars: int | None) -> tuple[list[str],
     return train, held_out
 
 
-def pieces(text: str, limit: int = DOCUMENT) -> Iterator[str]:
-    """Cut at the last line end before the limit, or at a space, or wherever there is neither."""
-    while len(text) > limit:
-        ends = (text.rfind("\n", limit // 2, limit), text.rfind(" ", limit // 2, limit), limit)
-        cut = next(end for end in ends if end > 0)
-        yield text[:cut].rstrip()
-        text = text[cut:].lstrip()
-    if text:
-        yield text
-
-
 # ----------------------------------------------------------------------------------------- hub, URLs, folders
 
 
@@ -219,11 +207,14 @@ def local(folder: Path, root: Path) -> Shards:
     or of jsonl and txt files, made into shards, every fiftieth document for validation."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is neither a folder, nor a URL, nor one of: embedded, {', '.join(HUB)}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".jsonl", ".txt"))
+    if (folder / "partial").exists():
+        raise ValueError(f"{folder} is not complete: run the `nanochat repackage` that fills it again")
+    files = sorted(path for path in folder.rglob("*") if kind(path.name) and path.is_file())
     parquet = [path for path in files if path.suffix == ".parquet"]
     if len(parquet) == 1:
         raise ValueError(
-            f"{parquet[0]} is the only parquet file: the last one is for validation, so two are needed"
+            f"{parquet[0]} is the only parquet file: the last one is for validation, so two are needed; "
+            f"make shards of it with: nanochat repackage {parquet[0]} FOLDER"
         )
     if parquet:
         shards = [describe(path) for path in parquet]
@@ -239,7 +230,7 @@ def _from_files(files: Sequence[Path]) -> Iterator[tuple[str, Sequence[str]]]:
     train: list[str] = []
     held_out: list[str] = []
     chars = made = 0
-    for i, text in enumerate(text for path in files for text in read_documents(path)):
+    for i, text in enumerate(text for path in files for text in read_documents(str(path))):
         if i % 50 == 0:
             held_out.append(text)
             continue
@@ -253,24 +244,3 @@ def _from_files(files: Sequence[Path]) -> Iterator[tuple[str, Sequence[str]]]:
     if train:
         yield f"train_{made:05d}.parquet", train
     yield "validation.parquet", held_out
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a jsonl file (field `text` of each line) or of a txt file (cut to pieces)."""
-    try:
-        if path.suffix == ".txt":
-            yield from pieces(path.read_text(encoding="utf-8"))
-            return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                        raise ValueError(
-                            f"{path}, line {number}: expected an object with a string field 'text'"
-                        )
-                    yield row["text"]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
