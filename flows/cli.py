@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from flows.verbs import kept, plan, run, services, talk
+from flows.verbs import elsewhere, kept, plan, run, services, talk
 from flows.verbs.shared import say
 
 VERBS = (
@@ -26,6 +26,7 @@ VERBS = (
     talk.serve,
     services.up,
     services.down,
+    elsewhere.mirror,
 )
 
 app = typer.Typer(

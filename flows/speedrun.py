@@ -17,6 +17,7 @@ from flows.recovery import default_base_dir, present
 from flows.watch import Cancellation, Watch
 from nanochat_core import inputs
 from nanochat_core import plan as plans
+from nanochat_core.copies import following
 from nanochat_core.launch import InputLost, StageFailed, insist, log_tail, pending, result_of
 from nanochat_core.pipeline import STAGES
 from nanochat_core.plan import Plan
@@ -112,6 +113,7 @@ def speedrun(
 
     with (
         present(root, str(runtime.flow_run.id)),
+        following(plan, log.warning) as copies,
         Cancellation() as cancellation,
     ):
         for repairs_left in reversed(range(REPAIRS)):
@@ -135,6 +137,7 @@ def speedrun(
                 log.warning(f"[{row}] {why}; what is damaged is made again")
         else:
             raise ValueError(f"{', '.join(damaged)}: damaged again as soon as made; look at the disk")
+        copies.finish()
     if screen is not None:
         screen.sum_up()
     return {name: result_of(job.path) for name, job in plan.jobs.items()}

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanochat_core import guard, inputs, machine, orphans, store
+from nanochat_core import copies, guard, inputs, machine, orphans, store
 from nanochat_core.pipeline import BY_NAME
 from nanochat_core.plan import Plan, code_digest, judge, rerun_path, saved_step
 from nanochat_core.stage import Interrupted, Job, Metrics, Runtime
@@ -91,6 +91,8 @@ def launch(
     `stopping` is asked several times a second whether the stage should save and end, as Ctrl-C would make it.
     """
     job = plan.jobs[name]
+    if pending(plan, name, rerun) and not forced(plan, name, rerun):
+        copies.bring(plan, name, lock_path(plan.runtime.base_dir, name, job.fingerprint))
     if not pending(plan, name, rerun):
         return result_of(job.path)
     again = rerun_path(job)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from nanochat_core import store
+from nanochat_core import mirror, store
 from nanochat_core.pipeline import BY_NAME, STAGES
 from nanochat_core.stage import Job, Recipe, Runtime, fingerprint
 
@@ -44,7 +44,7 @@ class Plan:
 class Verdict(NamedTuple):
     """What would happen to a job, and why."""
 
-    state: Literal["hit", "resume", "run"]
+    state: Literal["hit", "fetch", "resume", "run"]
     why: str
     step: int | None = None  # where a resumed stage goes on
     seconds: float | None = None  # what the finished artefact took
@@ -152,11 +152,19 @@ def judge(
     except store.Damaged as damage:
         why = str(damage)
     step = saved_step(job.path)
+    copies = mirror.of(plan.runtime)
+    there = copies.look(job) if copies is not None else mirror.Found()
+    if there.result is not None and changed_input(there.result, job, plan.sources[name]) is None:
+        found = "finished in the mirror"
+        return Verdict("fetch", f"{why}; {found}" if why else found, seconds=there.result["seconds"])
+    aside = f"; {there.trouble}" if there.trouble else ""
+    if there.step is not None and there.step > (-1 if step is None else step):
+        return Verdict("resume", why or "its checkpoint is in the mirror", there.step)
     if step is not None:
-        return Verdict("resume", why or "was interrupted", step)
+        return Verdict("resume", (why or "was interrupted") + aside, step)
     if not why:
         why = why_new(plan, name, upstream, previous)
-    return Verdict("run", why)
+    return Verdict("run", why + aside)
 
 
 def why_new(
@@ -289,7 +297,7 @@ def wasted(plan: Plan, verdicts: Mapping[str, Verdict]) -> dict[str, float]:
     for name, old in previous.items():
         if name not in plan.jobs or (old == plan.jobs[name].fingerprint and name not in plan.rerun):
             continue
-        if verdicts[name].state == "hit":
+        if verdicts[name].state in ("hit", "fetch"):
             continue
         try:
             result = store.read_result(plan.runtime.base_dir / name / old)

@@ -53,6 +53,7 @@ class Runtime(BaseModel):
     price_per_kwh: float | None = Field(None, ge=0)  # in your currency; the report reckons each stage's cost
     price_per_hour: float | None = Field(None, ge=0)  # of a rented machine
     keep_checkpoints: int = Field(2, ge=1)  # of an unfinished stage; a finished one keeps only its weights
+    mirror: str | None = None  # an fsspec URL that takes copies, from which another machine goes on
 
 
 @dataclass(frozen=True)

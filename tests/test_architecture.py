@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("status", "forecast", "trial"),
     ("calibrate",),
     ("launch",),
-    ("guard", "inputs"),
+    ("guard", "inputs", "copies"),
     ("plan",),
     ("pipeline",),
     ("stages",),
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("infer", "data", "optim"),
     ("model", "tokenizer"),
     ("progress",),
-    ("orphans",),
+    ("orphans", "mirror"),
     ("stage", "store", "machine"),
 )
 HEAVY = {

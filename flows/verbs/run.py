@@ -81,6 +81,7 @@ def stage(
     yes: Yes = False,
 ) -> None:
     """Run one stage without Prefect; what it reads and is not there is made first."""
+    from nanochat_core.copies import following
     from nanochat_core.launch import StageFailed, launch, result_of
     from nanochat_core.plan import explain, needed, remember
     from nanochat_core.progress import Terminal
@@ -96,10 +97,12 @@ def stage(
     terminal, token = Terminal(), str(uuid.uuid4())
     again = f"nanochat stage {name} {profile}" + options(set_, None, None, base_dir)
     try:
-        for row in rows:
-            why = verdicts[row].why if row == name else f"{verdicts[row].why}; needed for {name}"
-            with terminal.stage(row, why, partial(result_of, plan.jobs[row].path)) as see:
-                launch(plan, row, see, rerun=token)
+        with following(plan, say) as copies:
+            for row in rows:
+                why = verdicts[row].why if row == name else f"{verdicts[row].why}; needed for {name}"
+                with terminal.stage(row, why, partial(result_of, plan.jobs[row].path)) as see:
+                    launch(plan, row, see, rerun=token)
+            copies.finish()
     except (KeyboardInterrupt, Interrupted, StageFailed) as end:
         stopped(end, again)
     if not rows:

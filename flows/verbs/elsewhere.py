@@ -1,0 +1,58 @@
+"""More than one machine: `nanochat mirror` keeps copies from which another goes on."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from flows.verbs.shared import (
+    HOME,
+    BaseDir,
+    Profile,
+    Sets,
+    Until,
+    command,
+    load_plan,
+    say,
+    table,
+    usable,
+)
+
+
+def mirror(
+    profile: Profile,
+    set_: Sets = None,
+    until: Until = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", envvar="NANOCHAT_MIRROR", metavar="URL", help="s3://..., file:///..."),
+    ] = None,
+    base_dir: BaseDir = HOME,
+) -> None:
+    """Send what this machine has of a run, finished or begun, to the mirror; a run does so by itself."""
+    from nanochat_core.copies import Copies
+    from nanochat_core.mirror import of, reason
+
+    plan = load_plan(profile, [*(set_ or []), *([f"runtime.mirror={to}"] if to else [])], None, until,
+                     usable(base_dir))  # fmt: skip
+    held = of(plan.runtime)
+    if held is None:
+        raise ValueError("there is no mirror: name one with --to, NANOCHAT_MIRROR or runtime.mirror")
+    copies = Copies(held, plan.jobs, plan.runtime.base_dir, say)
+    here = copies.lacking()
+    try:
+        sent = copies.round()
+    except Exception as error:  # each driver has exceptions of its own
+        lacking = ", ".join(copies.lacking())
+        say(f"error: {held.url} cannot be written: {reason(error)}; it lacks {lacking}")
+        raise typer.Exit(1) from None
+    table(
+        ["stage", "here", ""],
+        [
+            [name, mark.split()[0], "sent" if name in sent else "was there"]
+            for name, mark in here.items()
+            if name in copies.sent
+        ],
+    )
+    on = command("run", profile, [*(set_ or []), f"runtime.mirror={held.url}"], None, until, HOME)
+    say(f"next: on another machine: {on}", out=sys.stdout)
