@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -70,7 +71,9 @@ class Telling:
 
     def __init__(self, what: str) -> None:
         self.log, self.screen = get_run_logger(), terminal.get()
-        self.bar = create_progress_artifact(0.0, key=f"repackage-{what}", description=what)
+        bar = create_progress_artifact(0.0, key=f"repackage-{what}", description=what)
+        assert isinstance(bar, UUID)
+        self.bar = bar
 
     def __call__(self, step: Step) -> None:
         words = f"{step.phase}  {count(step.documents)} documents, {count(step.chars)} characters"

@@ -50,7 +50,7 @@ class Fetched(NamedTuple):
     sha256: str
 
 
-class _Stopped(Exception):
+class Stopped(Exception):
     """Another file could not be had, or the user ended it: what is under way is left where it is."""
 
 
@@ -134,7 +134,7 @@ def fetch_one(
     best = part.stat().st_size if part.exists() else 0
     while True:
         if stop.is_set():
-            raise _Stopped
+            raise Stopped
         try:
             expected = _attempt(remote, part, timeout, stop)
             size, digest = part.stat().st_size, sha256(part)
@@ -222,7 +222,7 @@ def _attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) 
                     file.write(chunk)
                     got += len(chunk)
                     if stop.is_set():
-                        raise _Stopped
+                        raise Stopped
                 file.flush()
                 os.fsync(file.fileno())
             if length is not None and got != int(length):
@@ -236,7 +236,7 @@ def _attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) 
             part.unlink()
             raise _Again("the partial file does not fit what the server has") from None
         if error.code in HTTP_TRANSIENT:
-            raise _Again(f"HTTP {error.code}", _retry_after(error.headers)) from None
+            raise _Again(f"HTTP {error.code}", retry_after(error.headers)) from None
         raise ValueError(
             f"{remote.url} answers HTTP {error.code}: check the name, the revision and your access"
         ) from None
@@ -255,7 +255,7 @@ def _range_start(headers: Message) -> int | None:
     return int(found[1]) if found else None
 
 
-def _retry_after(headers: Message) -> float | None:
+def retry_after(headers: Message) -> float | None:
     """Seconds or a date, as RFC 9110 allows."""
     value = headers.get("Retry-After")
     if value is None:
