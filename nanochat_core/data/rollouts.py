@@ -4,11 +4,12 @@ their likes."""
 import functools
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nanochat_core.data.batch import Batch
 from nanochat_core.data.tasks import Task
@@ -17,6 +18,28 @@ from nanochat_core.infer.sampling import Sampling
 from nanochat_core.model.gpt import GPT
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.tokenizer.chat import render_for_completion
+
+ROWS = 32  # of a pass that asks for no gradient
+
+Total = Callable[..., list[float]]
+"""Adds numbers up over all ranks."""
+
+
+class Row(NamedTuple):
+    """An answer behind its question: mask is 1 where the model itself chose the token."""
+
+    ids: list[int]
+    mask: list[int]
+    weight: float
+
+
+class Vitals(NamedTuple):
+    """How a policy does: what a collapse shows in."""
+
+    reward: float
+    entropy: float  # nats a token, estimated by the surprise at what it drew
+    length: float  # tokens of its own in an answer
+    unfinished: float  # share of answers that ran out of room
 
 
 @dataclass(frozen=True)
@@ -59,7 +82,43 @@ class Sampler:
 class Answers:
     prompts: list[list[int]]
     completions: list[Completion]
-    rewards: torch.Tensor  # (questions, samples)
+    rewards: Tensor  # (questions, samples)
+
+    def rows(self, tokenizer: Tokenizer, weights: Tensor) -> list[Row]:
+        """Each answer with its weight (questions, samples), its end included where the model ended it."""
+        end = tokenizer.special("<|assistant_end|>")
+        return [
+            Row(
+                prompt + completion.ids + [end] * completion.ended,
+                [0] * len(prompt) + completion.mask + [1] * completion.ended,
+                weight,
+            )
+            for prompt, completion, weight in zip(
+                self.prompts, self.completions, weights.flatten().tolist(), strict=True
+            )
+        ]
+
+    def vitals(self, model: GPT, tokenizer: Tokenizer, total: Total) -> Vitals:
+        """Over the answers of all ranks. The entropy is taken from the first answer to each question, at
+        temperature 1 and over the whole vocabulary: one forward pass for few."""
+        firsts = self.rows(tokenizer, torch.zeros_like(self.rewards))[:: self.rewards.size(1)]
+        device = model.lm_head.weight.device
+        nats = chosen = 0.0
+        for start in range(0, len(firsts), ROWS):
+            inputs, targets, weights = padded(firsts[start : start + ROWS], tokenizer.bos)
+            with torch.no_grad():
+                _, nll = model.loss(inputs.to(device), targets.to(device), weights.to(device))
+            nats += float((nll.cpu() * (targets >= 0)).double().sum())
+            chosen += float((targets >= 0).sum())
+        n, reward, nats, chosen, tokens, cut = total(
+            len(self.completions),
+            float(self.rewards.double().sum()),
+            nats,
+            chosen,
+            sum(sum(completion.mask) for completion in self.completions),
+            sum(not completion.ended for completion in self.completions),
+        )
+        return Vitals(reward / n, nats / max(1.0, chosen), tokens / n, cut / n)
 
 
 def rollouts(
@@ -72,14 +131,15 @@ def rollouts(
     cursor: dict[str, Any],
     rank: int = 0,
     size: int = 1,
-) -> Iterator[Batch]:
+    total: Total = lambda *values: list(values),
+) -> Iterator[tuple[Batch, Vitals]]:
     """Batches made by the model as it is when they are asked for (on policy, no reference model, no
     clipping).
 
     Each step asks so many questions of the task's next ones, shuffled anew each epoch. An answer's advantage
     is its reward minus the mean of its question's; it weighs every token the model itself chose, the end
     included, and the sum is divided by the number of such tokens of all answers. Questions whose answers all
-    did alike teach nothing and are left out.
+    did alike teach nothing and are left out. Beside each batch: how the answers of all ranks were.
     """
     step: int = cursor.get("step", 0)
     while True:
@@ -89,9 +149,10 @@ def rollouts(
         asked = [question_at(step * questions + i, len(task), sampler.seed) for i in mine]
         with torch.no_grad():
             answers = sampler.ask(engine, tokenizer, task, asked, f"step-{step}")
+        vitals = answers.vitals(model, tokenizer, total)
         model.train()
         step += 1
-        yield to_batch(answers, tokenizer, step)
+        yield to_batch(answers, tokenizer, step), vitals
 
 
 def question_at(position: int, n: int, seed: int) -> int:
@@ -111,34 +172,27 @@ def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
 def to_batch(answers: Answers, tokenizer: Tokenizer, step: int) -> Batch:
     """The answers that can teach something, padded on the right to the longest."""
     advantages = answers.rewards - answers.rewards.mean(dim=1, keepdim=True)
-    end = tokenizer.special("<|assistant_end|>")
-    count, rows = 0, []
-    for prompt, completion, advantage in zip(
-        answers.prompts, answers.completions, advantages.flatten().tolist(), strict=True
-    ):
-        ids = prompt + completion.ids + ([end] if completion.ended else [])
-        mask = [0] * len(prompt) + completion.mask + ([1] if completion.ended else [])
-        count += sum(mask)
-        if advantage:
-            rows.append((ids, mask, advantage))
-    rows = rows or [
-        (answers.prompts[0] + [end], [0] * (len(answers.prompts[0]) + 1), 0.0)
-    ]  # nothing to learn
-    T = max(len(ids) for ids, _, _ in rows) - 1
-    inputs = torch.full((len(rows), T), tokenizer.bos, dtype=torch.long)
+    rows = answers.rows(tokenizer, advantages)
+    count = sum(sum(row.mask) for row in rows)
+    telling = [row for row in rows if row.weight]
+    if not telling:  # the loop wants a batch from every rank: one that moves nothing
+        telling = [Row([*answers.prompts[0], tokenizer.bos], [0] * (len(answers.prompts[0]) + 1), 0.0)]
+    inputs, targets, weights = padded(telling, tokenizer.bos)
+    alike = int((advantages.abs().sum(dim=1) == 0).sum())
+    notes = {"alike": alike / advantages.size(0)}
+    return Batch(inputs, targets, weights, float(max(1, count)), lambda: {"step": step}, notes)
+
+
+def padded(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, T) inputs, targets and weights, filled up on the right."""
+    T = max(len(row.ids) for row in rows) - 1
+    inputs = torch.full((len(rows), T), pad, dtype=torch.long)
     targets = torch.full((len(rows), T), -1, dtype=torch.long)
     weights = torch.zeros(len(rows), T)
-    for r, (ids, mask, advantage) in enumerate(rows):
-        n = len(ids) - 1
-        row, chosen = torch.tensor(ids), torch.tensor(mask)[1:] > 0
-        inputs[r, :n] = row[:-1]
-        targets[r, :n] = torch.where(chosen, row[1:], -1)
-        weights[r, :n] = chosen * advantage
-    alike = int((advantages.abs().sum(dim=1) == 0).sum())
-    lengths = [sum(completion.mask) for completion in answers.completions]
-    notes = {
-        "reward": float(answers.rewards.mean()),
-        "answer_tokens": sum(lengths) / len(lengths),
-        "alike": alike / advantages.size(0),
-    }
-    return Batch(inputs, targets, weights, float(max(1, count)), lambda: {"step": step}, notes)
+    for r, row in enumerate(rows):
+        n = len(row.ids) - 1
+        ids, chosen = torch.tensor(row.ids), torch.tensor(row.mask)[1:] > 0
+        inputs[r, :n] = ids[:-1]
+        targets[r, :n] = torch.where(chosen, ids[1:], -1)
+        weights[r, :n] = chosen * row.weight
+    return inputs, targets, weights

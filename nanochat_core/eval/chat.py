@@ -4,6 +4,7 @@ Problems of a task are answered together, and each sample draws from a seed of i
 depends neither on the batch nor on the order.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -114,9 +115,24 @@ def accuracy(answers: Sequence[Answer]) -> float:
     return sum(any(answer.correct) for answer in answers) / len(answers)
 
 
-def mean_accuracy(answers: Sequence[Answer]) -> float:
-    """The share of samples that are right: pass@1."""
-    return sum(sum(answer.correct) / len(answer.correct) for answer in answers) / len(answers)
+def passes(answers: Sequence[Answer], samples: int) -> dict[int, float]:
+    """pass@k of a task for each k that so many samples tell; pass@1 is the share of right samples."""
+    return {
+        k: sum(pass_at(k, samples, sum(answer.correct)) for answer in answers) / len(answers)
+        for k in (1, *sizes(samples))
+    }
+
+
+def pass_at(k: int, samples: int, right: int) -> float:
+    """The chance that k of the samples, drawn without putting back, hold one that is right: the unbiased
+    pass@k (https://arxiv.org/abs/2107.03374)."""
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def sizes(samples: int) -> list[int]:
+    """The k above 1 of pass@k that so many samples tell: powers of two, and all of them."""
+    powers = {2**i for i in range(1, samples.bit_length())}
+    return sorted(powers | {samples}) if samples > 1 else []
 
 
 def centered(task: Task, value: float) -> float:

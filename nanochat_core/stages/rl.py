@@ -23,7 +23,15 @@ class Config(Training):
     top_k: int | None = Field(50, ge=1)
     eval_every: int = Field(60, ge=0)
     eval_problems: int = Field(400, ge=1)  # of the task's test split
-    eval_samples: int = Field(4, ge=1)  # of each, at the training temperature
+    eval_samples: int = Field(8, ge=1)  # of each, at the training temperature: pass@2, 4 and 8
+    # The collapse monitor sets the mean of the last `watch` steps beside the examination at step 0. It ends
+    # the stage where a limit is passed; the model that did best when examined is kept. None lifts a limit.
+    watch: int = Field(20, ge=1)  # 320 questions: at a reward of .1 three standard errors are .05
+    reward_drop: float | None = Field(0.5, gt=0, lt=1)  # what has lost half of its best does not find back
+    entropy_low: float | None = Field(0.05, ge=0)  # of the start's, and no more reward: one answer to all
+    entropy_high: float | None = Field(4.0, gt=1)  # of the start's: the wording falls apart
+    length_low: float | None = Field(0.25, gt=0, lt=1)  # of the start's: answers that say nothing
+    unfinished_rise: float | None = Field(0.5, gt=0, lt=1)  # more of the answers than at the start never end
     scale_rates: bool = False  # the batch is not counted in tokens here
     lr_fraction: float = 0.05
     weight_decay: float = 0.0
@@ -43,16 +51,25 @@ class Config(Training):
 
 def run(cfg: Config, job: Job) -> Metrics:
     """Go on from the fine-tuned model, rewarded by the task's own marking."""
+    import functools
+    import json
+    from collections.abc import Iterator
+    from dataclasses import replace
+
     import torch
 
+    from nanochat_core.data.batch import Batch
     from nanochat_core.data.rollouts import Sampler, rollouts
     from nanochat_core.data.tasks import load_task
+    from nanochat_core.eval.chat import pass_at, sizes
     from nanochat_core.infer.engine import Engine
+    from nanochat_core.store import write_whole
     from nanochat_core.tokenizer.bpe import load_tokenizer
     from nanochat_core.train.checkpoint import TrainState
+    from nanochat_core.train.collapse import Best, Collapsed, Limits, Monitor
     from nanochat_core.train.loop import Hook, fit
     from nanochat_core.train.ranks import ranks
-    from nanochat_core.train.setup import leave, new_state, recorded, trained_model
+    from nanochat_core.train.setup import leave, new_state, records, trained_model
 
     with ranks(job.runtime) as world:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])
@@ -65,23 +82,65 @@ def run(cfg: Config, job: Job) -> Metrics:
         state = new_state(model, cfg.rates(1), world)
         sampler = Sampler(cfg.samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
         examiner = Sampler(cfg.eval_samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
+        limits = Limits(
+            window=cfg.watch,
+            questions=cfg.questions,
+            problems=min(cfg.eval_problems, len(held_out)),
+            reward_drop=cfg.reward_drop,
+            entropy_low=cfg.entropy_low,
+            entropy_high=cfg.entropy_high,
+            length_low=cfg.length_low,
+            unfinished_rise=cfg.unfinished_rise,
+        )
+        best = Best(job.path)
+        monitor: Monitor | None = None  # made by the examination at step 0, or out of a checkpoint
 
         def examine(state: TrainState) -> Metrics:
             """The same problems with the same seeds each time, so that two examinations differ by the model
             alone."""
+            nonlocal monitor
             engine = Engine(state.model.eval(), tokenizer, max_rows=128)
             mine = list(range(world.rank, min(cfg.eval_problems, len(held_out)), world.size))
             with torch.no_grad():
-                rewards = examiner.ask(engine, tokenizer, held_out, mine, "eval").rewards
+                answers = examiner.ask(engine, tokenizer, held_out, mine, "eval")
+            vitals = answers.vitals(state.model, tokenizer, world.sum)
             state.model.train()
-            mean, best, n = world.sum(float(rewards.mean(1).sum()), float(rewards.amax(1).sum()), len(mine))
-            return {"eval_reward": mean / n, "eval_best": best / n}
+            if monitor is None or state.step == 0:
+                monitor = Monitor(limits, vitals)
+            else:
+                monitor.examined(vitals.reward)
+            right = (answers.rewards >= 1).sum(1).tolist()
+            ks = sizes(cfg.eval_samples)
+            n, *passed = world.sum(
+                len(mine), *(sum(pass_at(k, cfg.eval_samples, c) for c in right) for k in ks)
+            )
+            said = [tokenizer.decode(completion.ids) for completion in answers.completions]
+            lines = [
+                {"problem": i, "rewards": rewards, "said": said[row * cfg.eval_samples :][: cfg.eval_samples]}
+                for row, (i, rewards) in enumerate(zip(mine, answers.rewards.tolist(), strict=True))
+            ]
+            everyone = sorted(world.gather(lines), key=lambda line: int(line["problem"]))
+            if world.is_first:
+                folder = job.path / "answers"
+                folder.mkdir(exist_ok=True)
+                text = "".join(json.dumps(line) + "\n" for line in everyone)
+                write_whole(folder / f"step_{state.step:06d}.jsonl", text)
+                best.offer(state.model, state.step, vitals.reward)
+            return {
+                "eval_reward": vitals.reward,
+                **{f"eval_pass_at_{k}": value / n for k, value in zip(ks, passed, strict=True)},
+                **{f"eval_{key}": getattr(vitals, key) for key in ("entropy", "length", "unfinished")},
+            }
 
-        fit(
-            job,
-            world,
-            state,
-            lambda state: rollouts(
+        def watched(state: TrainState) -> Iterator[Batch]:
+            """Batches of rollouts, each seen by the monitor first; what it knows is part of the place."""
+            nonlocal monitor
+            known = state.cursor.get("monitor")
+            monitor = None if known is None else Monitor.restored(limits, known)
+            return stream(state)
+
+        def stream(state: TrainState) -> Iterator[Batch]:
+            made = rollouts(
                 state.model,
                 tokenizer,
                 task,
@@ -90,21 +149,46 @@ def run(cfg: Config, job: Job) -> Metrics:
                 cursor=state.cursor,
                 rank=world.rank,
                 size=world.size,
-            ),
-            steps=cfg.steps,
-            schedule=cfg.schedule(),
-            grad_clip=cfg.grad_clip,
-            hooks=[Hook(cfg.eval_every, examine)],
-        )
+                total=world.sum,
+            )
+            for batch, vitals in made:
+                assert monitor is not None  # hooks come before the first batch
+                if monitor.see(vitals) is not None:
+                    raise Collapsed(monitor.why)
+                place = functools.partial(dict[str, Any], batch.cursor(), monitor=monitor.state())
+                yield replace(batch, cursor=place, notes=batch.notes | vitals._asdict())
+
+        ended: Metrics = {}
+        try:
+            fit(
+                job,
+                world,
+                state,
+                watched,
+                steps=cfg.steps,
+                schedule=cfg.schedule(),
+                grad_clip=cfg.grad_clip,
+                hooks=[Hook(cfg.eval_every, examine)],
+            )
+            if monitor is not None and monitor.why is not None:  # the last examination
+                raise Collapsed(monitor.why)
+            kept_step = cfg.steps
+        except Collapsed as why:
+            if world.is_first:
+                kept_step = best.restore(state.model).step
+                sentence = f"stopped at step {state.step} because {why}; kept step {kept_step}"
+                print(sentence, flush=True)
+                job.record(step=state.step, steps=cfg.steps, note=sentence)
+                ended = {"stopped": sentence, "stopped_at": state.step}
         leave(job, world, state, tokenizer)
         if not world.is_first:
             return {}
-        mean, best = recorded(job, "eval_reward"), recorded(job, "eval_best")
-        return {
-            "reward_start": mean[0],
-            "reward": mean[-1],
-            f"pass_at_{cfg.eval_samples}_start": best[0],
-            f"pass_at_{cfg.eval_samples}": best[-1],
-            "steps": cfg.steps,
-            "task": cfg.task,
-        }
+        examined = [row for row in records(job) if "eval_reward" in row]
+        first, last = examined[0], next(row for row in examined if row["step"] == kept_step)
+        found: Metrics = {"reward_start": first["eval_reward"], "reward": last["eval_reward"]}
+        for k in sizes(cfg.eval_samples):
+            found |= {
+                f"pass_at_{k}_start": first[f"eval_pass_at_{k}"],
+                f"pass_at_{k}": last[f"eval_pass_at_{k}"],
+            }
+        return {**found, "steps": kept_step, "task": cfg.task, **ended}

@@ -166,12 +166,15 @@ def _run(
                     f"and a gradient of {grad_norm}"
                 )
             lr = schedule.lr(state.step, steps)
-            state.optimizer.update(
-                lr=lr,
-                momentum=schedule.muon_momentum(state.step, steps),
-                weight_decay=schedule.weight_decay(state.step, steps),
-                grad_scale=min(1.0, grad_clip / (grad_norm + 1e-6)) if grad_clip else 1.0,
-            )
+            if (
+                grad_norm > 0
+            ):  # rollouts may teach nothing: momentum alone would go on at full length, as Muon does
+                state.optimizer.update(
+                    lr=lr,
+                    momentum=schedule.muon_momentum(state.step, steps),
+                    weight_decay=schedule.weight_decay(state.step, steps),
+                    grad_scale=min(1.0, grad_clip / (grad_norm + 1e-6)) if grad_clip else 1.0,
+                )
             state.step += 1
             state.drawn += 1
             place = batch.cursor

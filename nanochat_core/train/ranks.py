@@ -3,14 +3,17 @@ one."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nanochat_core.stage import Runtime
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class World:
 
     def any(self, flag: bool) -> bool:
         return self.sum(float(flag))[0] > 0
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """The items of all ranks, one rank's after the other's, on every rank."""
+        if self.size == 1:
+            return list(items)
+        found: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(found, list(items))
+        return [item for part in found for item in part]
 
     def barrier(self) -> None:
         if self.size > 1:

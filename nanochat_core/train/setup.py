@@ -58,12 +58,16 @@ def leave(job: Job, world: World, state: TrainState, tokenizer: Tokenizer) -> No
         save_model(job.path, state.model)
 
 
-def recorded(job: Job, key: str) -> list[float]:
-    """A column of the stage's own metrics, in order; what a resumed stage knows of its beginning."""
+def records(job: Job) -> list[dict[str, Any]]:
+    """The stage's own metrics, in order; what a resumed stage knows of its beginning."""
     path = job.path / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    return [row[key] for row in rows if key in row]
+    return [json.loads(line) for line in lines]
+
+
+def recorded(job: Job, key: str) -> list[float]:
+    """One column of them."""
+    return [row[key] for row in records(job) if key in row]
 
 
 def learned(job: Job, steps: int) -> Metrics:

@@ -92,7 +92,7 @@ def test_advantages_weigh_the_tokens_the_model_chose(tokenizer: Tokenizer) -> No
     assert batch.targets.tolist() == [[-1, 10, -1, 12, end], [-1, 13, -1, -1, -1]]
     assert batch.weights.tolist() == [[0, 0.5, 0, 0.5, 0.5], [0, -0.5, 0, 0, 0]]
     assert batch.count == 3 + 1 + 2 + 2  # all tokens chosen, of questions that teach nothing too
-    assert batch.notes["reward"] == 0.75 and batch.notes["alike"] == 0.5
+    assert batch.notes["alike"] == 0.5
 
 
 def test_a_step_where_all_did_alike_moves_nothing(tokenizer: Tokenizer) -> None:

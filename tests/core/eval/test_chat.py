@@ -1,5 +1,6 @@
 """Chat evaluation with a real engine and a tiny model, and the stages that use it, end to end."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from nanochat_core.data import tasks
 from nanochat_core.data.tasks import load_task
+from nanochat_core.data.tasks.base import Rows, dialogue
 from nanochat_core.eval import chat, core
 from nanochat_core.infer.engine import Completion, Engine
 from nanochat_core.infer.sampling import Sampling
@@ -70,7 +73,7 @@ def test_one_right_sample_is_enough_and_every_sample_has_its_own_seed(
         [True, True],
     ]
     assert chat.accuracy(answers) == pytest.approx(0.6)
-    assert chat.mean_accuracy(answers) == pytest.approx(0.4)
+    assert chat.passes(answers, 2) == {1: pytest.approx(0.4), 2: pytest.approx(0.6)}
     assert len(set(engine.seeds)) == 10
     assert seen == [4, 5]
 
@@ -150,6 +153,53 @@ def test_the_evaluation_stages_run_and_go_on_after_a_kill(
     assert len((asked.path / "answers" / "choices.jsonl").read_text().splitlines()) == 4
     monkeypatch.setattr(chat, "evaluate_task", None)  # nothing is asked twice
     assert chat_eval.run(ask, asked) == metrics
+
+
+def test_pass_at_k_is_the_chance_that_k_of_the_samples_hold_a_right_one() -> None:
+    for samples, right in ((1, 0), (4, 1), (6, 3), (5, 5)):
+        marks = [i < right for i in range(samples)]
+        for k in range(1, samples + 1):
+            drawn = [any(draw) for draw in itertools.combinations(marks, k)]
+            assert chat.pass_at(k, samples, right) == pytest.approx(sum(drawn) / len(drawn))
+    assert (chat.sizes(1), chat.sizes(2), chat.sizes(6), chat.sizes(8)) == ([], [2], [2, 4, 6], [2, 4, 8])
+
+
+def test_chatcore_over_six_tasks_gives_that_over_five_beside_it(
+    tokenizer: Tokenizer, model: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = tmp_path / "model"
+    at.mkdir()
+    tokenizer.save(at)
+    write_config(at, model.config, tokenizer.fingerprint)
+    save_model(at, model)
+    right = {"arc_easy": 0.75, "arc_challenge": 0.5, "mmlu": 0.25, "gsm8k": 0.5, "humaneval": 0.25}
+    right |= {"spellingbee": 1.0, "capitals": 0.5}
+
+    def made(name: str, split: str, **options: Any) -> Rows:
+        choice = name in ("arc_easy", "arc_challenge", "mmlu")
+        kind: Any = "categorical" if choice else "generative"
+        return Rows(name, 4, lambda i: dialogue("?", "!"), kind=kind, baseline=0.25 * choice)
+
+    def answered(engine: Any, task: Rows, **options: Any) -> list[chat.Answer]:
+        return [chat.Answer(i, [i < 4 * right[task.name]], ["!"]) for i in range(4)]
+
+    monkeypatch.setattr(tasks, "load_task", made)
+    monkeypatch.setattr(chat, "evaluate_task", answered)
+
+    def metrics(*names: str) -> dict[str, Any]:
+        cfg = chat_eval.Config(tasks=names) if names else chat_eval.Config()
+        path = tmp_path / f"evaluation-{len(names)}"
+        path.mkdir()
+        runtime = Runtime(base_dir=tmp_path, device="cpu", precision="fp32", threads=1)
+        return chat_eval.run(cfg, Job("sft_eval", cfg, {"model": at, "tokenizer": at}, path, runtime, "f"))
+
+    # by hand, chance at 0: 2/3, 1/3, 0 of the choices, .5 and .25 of the others, and spellingbee 1
+    five = (2 / 3 + 1 / 3 + 0 + 0.5 + 0.25) / 5
+    six = metrics()
+    assert six["chatcore"] == pytest.approx((5 * five + 1) / 6) and six["chatcore_5"] == pytest.approx(five)
+    alone = metrics(*chat_eval.FIVE)
+    assert alone["chatcore"] == pytest.approx(five) and "chatcore_5" not in alone
+    assert "chatcore_5" not in metrics("arc_easy", "capitals")
 
 
 def test_damaged_assets_are_found_before_any_training(tmp_path: Path) -> None:
