@@ -431,7 +431,9 @@ def execute(path: Path) -> None:
             raise
         attempts = [*store.read_attempts(job.path), {"event": "finished", "time": time.time()}]
         seconds = store.seconds_spent(attempts)
-        store.commit(job.path, base_dir, metrics, job.shared, seconds, record["inputs"], record["rerun"])
+        store.commit(
+            job.path, base_dir, metrics, job.shared, seconds, record["inputs"], record["rerun"], job.origins
+        )
         store.note_attempt(job.path, "finished")
         if job.path != final:
             old = final.with_name(final.name + ".old")

@@ -5,12 +5,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from nanochat_core import store
 
 Metrics = dict[str, float | int | str | None]
 """What a stage reports: flat, and written as it is into result.json."""
@@ -75,6 +77,7 @@ class Job:
             f.write(line + "\n")
 
     def uses(self, path: Path) -> None:
+    origins: dict[str, Any] = field(default_factory=dict, compare=False)
         """Say that the artefact relies on a shared file outside its directory; it is verified along with the
         rest."""
         self.shared.add(path)
@@ -87,6 +90,11 @@ class StageModule(Protocol):
     def Config(self) -> type[Recipe]: ...
 
     def run(self, cfg: Any, job: Job) -> Metrics: ...
+    def made_from(self, place: Path, suffixes: Sequence[str] = ("",)) -> None:
+        """Say that the artefact comes from a user's own file, or a folder's files that end so: when they
+        change, it is made again. To be said before they are read."""
+        self.origins[str(place.absolute())] = store.origin(place.absolute(), suffixes)
+
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ def commit(
     seconds: float,
     inputs: Mapping[str, Any],
     rerun: str | None,
+    origins: Mapping[str, Any],
 ) -> None:
     """Declare a directory finished: hash everything, write result.json last, then drop the scratch."""
     files = {str(name): entry(directory / name) for name in artefact_files(directory)}
@@ -100,6 +101,7 @@ def commit(
         "metrics": metrics,
         "files": files,
         "shared": {str(path.relative_to(base_dir)): entry(path) for path in sorted(shared)},
+        "origins": origins,
         "inputs": inputs,
         "rerun": rerun,
         "seconds": round(seconds, 3),
@@ -145,6 +147,9 @@ def verify(directory: Path, base_dir: Path, *, hashes: bool = False) -> dict[str
             raise Damaged(f"{name} is missing") from None
         if size != want["size"]:
             raise Damaged(f"{name} has {size:,} bytes, not {want['size']:,}")
+    for place, was in result.get("origins", {}).items():
+        if (name := changed_origin(Path(place), was)) is not None:
+            raise Damaged(f"{name}, which it was made from, has changed")
     if hashes:
         if result.get("seal", seal(result)) != seal(result):
             raise Damaged("result.json has changed (its seal is another)")
@@ -153,6 +158,38 @@ def verify(directory: Path, base_dir: Path, *, hashes: bool = False) -> dict[str
                 if digest != want["sha256"]:
                     raise Damaged(f"{name} has changed (its hash is another)")
     return result
+
+
+def origin(place: Path, suffixes: Sequence[str] = ("",)) -> dict[str, Any]:
+    """A user's own file, or the files of a folder that end so: what they are now, to notice a change by."""
+    files = {}
+    for path in _origin_files(place, suffixes):
+        stat = path.stat()
+        files[str(path)] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path)}
+    return {"suffixes": list(suffixes), "files": files}
+
+
+def changed_origin(place: Path, was: Mapping[str, Any]) -> Path | None:
+    """The first file that is new, gone or another. A touched one is hashed; a place that is not there at all
+    has not changed, so that a disk may be taken out."""
+    if not place.exists():
+        return None
+    now = _origin_files(place, was["suffixes"])
+    for name in sorted({str(path) for path in now} ^ set(was["files"])):
+        return Path(name)
+    for path in now:
+        want, stat = was["files"][str(path)], path.stat()
+        same = stat.st_size == want["size"] and (
+            stat.st_mtime_ns == want["mtime_ns"] or sha256(path) == want["sha256"]
+        )
+        if not same:
+            return path
+    return None
+
+
+def _origin_files(place: Path, suffixes: Sequence[str]) -> list[Path]:
+    found = place.rglob("*") if place.is_dir() else [place]
+    return sorted(path for path in found if path.name.endswith(tuple(suffixes)) and path.is_file())
 
 
 def seal(result: Mapping[str, Any]) -> str:

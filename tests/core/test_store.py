@@ -22,7 +22,7 @@ def artefact(tmp_path: Path) -> Path:
     (directory / "half.part").write_text("half")
     (directory / "log.txt").write_text("said")
     (tmp_path / "shared.bin").write_text("shared")
-    store.commit(directory, tmp_path, {"loss": 1.0}, {tmp_path / "shared.bin"}, 2.0, {}, None)
+    store.commit(directory, tmp_path, {"loss": 1.0}, {tmp_path / "shared.bin"}, 2.0, {}, None, {})
     return directory
 
 
@@ -135,3 +135,35 @@ def test_time_spent_counts_a_killed_attempt_to_its_last_sign_of_life() -> None:
         {"event": "finished", "time": 910.0},
     ]
     assert store.seconds_spent(attempts) == 30 + 20 + 10
+
+
+def test_a_change_of_what_it_was_made_from_is_noticed_and_a_mere_touch_is_not(
+    tmp_path: Path,
+) -> None:
+    mine, directory = tmp_path / "mine", tmp_path / "stage" / "f"
+    mine.mkdir()
+    directory.mkdir(parents=True)
+    (mine / "a.txt").write_text("one")
+    (mine / "b.txt").write_text("two")
+    origins = {str(mine): store.origin(mine, (".txt",))}
+    store.commit(directory, tmp_path, {}, set(), 1.0, {}, None, origins)
+    (mine / "a.txt").touch()
+    (mine / "notes.md").write_text("of no interest")
+    assert store.verify(directory, tmp_path) is not None
+
+    def noticed(name: str) -> None:
+        with pytest.raises(store.Damaged, match=rf"{name}, which it was made from, has changed"):
+            store.verify(directory, tmp_path)
+
+    (mine / "a.txt").write_text("eno")  # as long as it was
+    noticed("a.txt")
+    (mine / "a.txt").write_text("one")
+    (mine / "c.txt").write_text("three")
+    noticed("c.txt")
+    (mine / "c.txt").unlink()
+    (mine / "b.txt").rename(tmp_path / "b.txt")
+    noticed("b.txt")
+    (tmp_path / "b.txt").rename(mine / "b.txt")
+    assert store.verify(directory, tmp_path) is not None
+    mine.rename(tmp_path / "taken out")
+    assert store.verify(directory, tmp_path) is not None
