@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from flows.server import SETTINGS, configured, healthy, share_password
+from flows.server import SETTINGS, ask, configured, healthy, share_password
 from nanochat_core import store
 from nanochat_core.launch import STOP_SECONDS
 from nanochat_core.status import at_work
@@ -109,6 +109,22 @@ def down(base_dir: Path) -> bool:
     os.kill(int(json.loads((where / "supervisor.json").read_text())["pid"]), signal.SIGTERM)
     with store.locked(where / "supervisor.lock"):
         return True
+
+
+def running(base_dir: Path) -> dict[str, str]:
+    """What Prefect says of the runs that are not over, by name, asked of the server of this base directory;
+    nothing if there is none or it does not answer."""
+    where = folder(base_dir)
+    try:
+        url = configured() or json.loads((where / "supervisor.json").read_text())["url"]
+        states = {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING", "PAUSED"]}}
+        question = {"flow_runs": {"state": states}, "flows": {"name": {"any_": ["speedrun"]}}, "limit": 20}
+        share_password()
+        found = ask(url, "flow_runs/filter", question)
+    except (OSError, ValueError):
+        return {}
+    ui = url.removesuffix("/api")
+    return {run["name"]: f"{run['state_name']}  {ui}/runs/flow-run/{run['id']}" for run in found}
 
 
 class Stop(Exception):

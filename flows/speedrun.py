@@ -13,6 +13,7 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.states import Cancelled, Completed
 from pydantic import Field
 
+from flows import downloads
 from flows.recovery import default_base_dir, present
 from flows.watch import Cancellation, Watch
 from nanochat_core import inputs
@@ -107,6 +108,8 @@ def speedrun(
         if screen is not None and not todo:
             screen.found(name)
         reads = {role: results[row] for role, row in plan.sources[name].items()}
+        if todo and (files := downloads.bring(plan, name, cancellation.asked)):
+            reads["files"] = files
         one = stage_task.with_options(name=name, task_run_name=name, refresh_cache=todo)
         results[name] = one(name, plan.jobs[name].fingerprint, str(root), reads)
         return todo

@@ -16,7 +16,9 @@ from uuid import UUID
 from prefect import get_run_logger, runtime
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import ArtifactSort
 
 from nanochat_core.progress import Pace, Row, describe, is_progress
 from nanochat_core.report import curve_png, read_rows
@@ -24,7 +26,8 @@ from nanochat_core.report import curve_png, read_rows
 LOG_SECONDS = 15.0  # between two lines of a stage in the UI's log: 60,000 in ten days, about 40 MB
 PROGRESS_SECONDS = 3.0
 FIRST_CURVE_SECONDS = 60.0
-CURVE_SECONDS = 1800.0  # between two curves in the long run: 480 of 40 kB in ten days
+CURVE_SECONDS = 1800.0  # between two curves in the long run
+KEEP_CURVES = 48  # of a stage, 40 kB each: a day's; the newest shows all of the training anyway
 CANCEL_SECONDS = 5.0
 PATIENCE_SECONDS = 10.0  # for the last words at a stage's end
 
@@ -110,9 +113,22 @@ class Watch:
         lines += ["| | |", "|---|---|"]
         lines += [f"| {key} | {value} |" for key, value in rows[-1].items() if key != "time"]
         lines += ["", f"In `{self.directory}`"]
-        create_markdown_artifact(
-            "\n".join(lines), key=f"{self.key}-curve", description=f"{self.stage} so far"
+        key = f"{self.key}-curve"
+        create_markdown_artifact("\n".join(lines), key=key, description=f"{self.stage} so far")
+        prune(key, UUID(str(runtime.flow_run.id)))
+
+
+def prune(key: str, flow_run: UUID) -> None:
+    """Delete a flow run's oldest versions of an artefact: each is a whole picture in the database."""
+    with get_client(sync_client=True) as client:
+        versions = client.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                key=ArtifactFilterKey(any_=[key]), flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run])
+            ),
+            sort=ArtifactSort.CREATED_DESC,
         )
+        for old in versions[KEEP_CURVES:]:
+            client.delete_artifact(old.id)
 
 
 class Cancellation:

@@ -29,7 +29,9 @@ def status(
     base_dir: BaseDir = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Say where a run stands: which stages are done, which is at work, its step, loss and time left."""
+    """Say where a run stands, by the disk: which stages are done, which is at work, its step, loss and time
+    left; and then what Prefect says of its runs, if a server answers."""
+    from flows.services import running
     from nanochat_core.plan import latest_profile, latest_run
     from nanochat_core.progress import describe, headline, span
     from nanochat_core.status import standings
@@ -55,7 +57,7 @@ def status(
             }
             for s in found
         }
-        print(json.dumps({"profile": name, "stages": stages}, indent=1))
+        print(json.dumps({"profile": name, "stages": stages, "prefect": running(root)}, indent=1))
         return
 
     def words(s: "Standing") -> str:
@@ -67,6 +69,8 @@ def status(
         ["stage", "state", "took", ""],
         [[s.stage, s.state, span(s.seconds) if s.seconds is not None else "", words(s)] for s in found],
     )
+    for run, said in running(root).items():
+        print(f"in Prefect: {run}  {said}")
     states = {s.state for s in found}
     if states == {"done"}:
         print(f"next: {with_base('nanochat chat', base_dir)}")

@@ -147,15 +147,21 @@ def download(
     urls: Sequence[str], root: Path, *, workers: int, offline: bool, progress: Progress | None = None
 ) -> Shards:
     """Parquet files by URL, the last one for validation. Files that lie together there lie together here."""
-    if len(urls) < 2:
-        raise ValueError("one URL is not enough: the last file is kept for validation, so list at least two")
-    remotes = [Remote(url, root / folder_of(url) / url.split("?")[0].rsplit("/", 1)[1]) for url in urls]
-    if len({remote.path for remote in remotes}) < len(urls):
-        raise ValueError("a URL is listed twice: the validation file must not be trained on")
+    files = remotes(urls, root)
     with locked(root / f"{folder_of(urls[0])}.lock"):
-        fetched = fetch(remotes, workers=workers, offline=offline, progress=progress)
+        fetched = fetch(files, workers=workers, offline=offline, progress=progress)
     shards = [describe(file.path) for file in fetched]
     return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
+
+
+def remotes(urls: Sequence[str], root: Path) -> list[Remote]:
+    """Where the files of a download are kept."""
+    if len(urls) < 2:
+        raise ValueError("one URL is not enough: the last file is kept for validation, so list at least two")
+    files = [Remote(url, root / folder_of(url) / url.split("?")[0].rsplit("/", 1)[1]) for url in urls]
+    if len({file.path for file in files}) < len(urls):
+        raise ValueError("a URL is listed twice: the validation file must not be trained on")
+    return files
 
 
 def from_filesystem(url: str, root: Path, count: int | None, *, offline: bool) -> Shards:

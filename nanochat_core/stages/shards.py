@@ -32,7 +32,7 @@ class Config(Recipe):
         return self
 
 
-def _urls(cfg: Config) -> list[str]:
+def urls(cfg: Config) -> list[str]:
     """The files to download, the validation file last; none for a local source."""
     from nanochat_core.data.shards import hub_urls
 
@@ -58,9 +58,9 @@ def run(cfg: Config, job: Job) -> Metrics:
         for sentence in corpus.missing():
             job.record(step=0, steps=1, note=sentence)
         found = shards.embedded(root, cfg.max_chars)
-    elif urls := _urls(cfg):
+    elif listed := urls(cfg):
         found = shards.download(
-            urls,
+            listed,
             root,
             workers=cfg.workers,
             offline=offline(),
