@@ -11,12 +11,13 @@ from typing import NoReturn
 
 import typer
 
-from flows.verbs import elsewhere, kept, plan, run, services, talk
+from flows.verbs import doctor, elsewhere, kept, plan, run, services, talk
 from flows.verbs.shared import say
 
 VERBS = (
     run.run,
     plan.plan,
+    doctor.doctor,
     run.stage,
     kept.status,
     kept.verify,

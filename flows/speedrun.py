@@ -14,6 +14,7 @@ from prefect.states import Cancelled, Completed
 from pydantic import Field
 
 from flows import downloads
+from flows.examine import examine
 from flows.recovery import default_base_dir, present
 from flows.watch import Cancellation, Watch
 from nanochat_core import inputs
@@ -72,6 +73,8 @@ def speedrun(
     refuse_cost(plan, verdicts, token, accept_cost)
     plans.remember(plan)
     log, screen = get_run_logger(), terminal.get()
+    if plan.runtime.preflight and any(verdict.state != "hit" for verdict in verdicts.values()):
+        examine(plan, verdicts, screen)
 
     def run_stage(stage: str, fingerprint: str, base_dir: str, reads: dict[str, Any]) -> Any:
         """Bring one row to its result. What it reads is passed so that Prefect draws the edge."""

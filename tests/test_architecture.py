@@ -14,11 +14,12 @@ CORE = ROOT / "nanochat_core"
 # Each layer may import itself and those below it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("doctor",),
+    ("edges", "beside"),
     ("retention",),
-    ("status", "forecast", "trial"),
+    ("status", "forecast", "trial", "joining"),
     ("calibrate",),
     ("launch",),
-    ("guard", "inputs", "copies"),
+    ("guard", "inputs", "copies", "nodes"),
     ("plan",),
     ("pipeline",),
     ("stages",),
@@ -28,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model", "tokenizer"),
     ("progress",),
     ("orphans", "mirror"),
-    ("stage", "store", "machine"),
+    ("stage", "store", "machine", "published"),
 )
 HEAVY = {
     "torch",

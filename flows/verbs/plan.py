@@ -1,6 +1,11 @@
-"""`nanochat plan`: what a run would do, and why."""
+"""`nanochat plan`: what a run would do, and why, what it costs and when it would end."""
 
 import json
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from flows.verbs.shared import (
     HOME,
@@ -13,8 +18,15 @@ from flows.verbs.shared import (
     command,
     load_plan,
     resolved,
+    say,
     table,
 )
+
+if TYPE_CHECKING:
+    from nanochat_core.plan import Plan, Verdict
+
+QUICK_SECONDS = 20.0  # of a calibration that a plan makes unasked
+SOON_SECONDS = 3600.0  # what ends within the hour needs no date
 
 
 def plan(
@@ -22,18 +34,37 @@ def plan(
     set_: Sets = None,
     rerun: Reruns = None,
     until: Until = None,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="time a few steps of the real model first; kept for this machine",
+            show_default="if it takes seconds",
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help="show this profile beside it, both from the start")
+    ] = None,
     base_dir: BaseDir = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Say what `run` would do, and why: nothing is run."""
-    from nanochat_core.forecast import forecast
+    """Say what `run` would do, and why, and what it would cost: nothing is run."""
+    from nanochat_core.edges import free_bytes
+    from nanochat_core.forecast import forecast, needs
     from nanochat_core.plan import by_other_code, explain, wasted
     from nanochat_core.progress import count, span
 
+    if compare is not None:
+        show_beside(profile, compare, set_ or [], base_dir, as_json)
+        return
     made = load_plan(profile, set_, rerun, until, resolved(base_dir))
     verdicts = explain(made)
+    measure(made, verdicts, calibrate if calibrate is not None or not as_json else False)
     costs, rate = forecast(made, verdicts)
     lost = wasted(made, verdicts)
+    need, room = needs(made, verdicts), free_bytes(made.runtime.base_dir)
+    known = sum(cost.seconds or 0.0 for cost in costs.values())
+    ends = datetime.now().astimezone() + timedelta(seconds=known)
     if as_json:
         stages = {
             name: {
@@ -44,6 +75,7 @@ def plan(
                 "directory": str(made.jobs[name].path),
                 **{key: costs[name].facts.get(key) for key in ("params", "steps", "tokens", "flops")},
                 "seconds": costs[name].seconds,
+                "about": costs[name].about,
                 "disk": costs[name].disk,
             }
             for name, verdict in verdicts.items()
@@ -53,6 +85,9 @@ def plan(
             "stages": stages,
             "left_out": dict(made.left_out),
             "rate": rate,
+            "disk_needed": need.disk,
+            "disk_free": room,
+            "ends": ends.isoformat(timespec="seconds"),
             "unused_seconds": lost,
             "made_by_other_code": by_other_code(made, verdicts),
         }
@@ -63,7 +98,8 @@ def plan(
         facts, seconds, disk = costs[name].facts, costs[name].seconds, costs[name].disk
         state = f"resume at {verdict.step}" if verdict.state == "resume" else verdict.state
         numbers = [count(facts[key]) if key in facts else "" for key in ("params", "tokens", "flops")]
-        time_text = "" if verdict.state == "hit" else span(seconds) if seconds is not None else "?"
+        about = "about " if costs[name].about else ""
+        time_text = "" if verdict.state == "hit" else about + span(seconds) if seconds is not None else "?"
         rows.append([name, state, *numbers, time_text, count(disk) + "B" if disk else "", verdict.why])
     table(["stage", "", "params", "tokens", "FLOPs", "time", "disk", "why"], rows)
     for name, why in made.left_out.items():
@@ -72,19 +108,66 @@ def plan(
         if seconds >= 60:
             where = made.runtime.base_dir / name
             print(f"{span(seconds)} of finished {name} would stay in {where} but not be used")
-    if any(verdict.state != "hit" and costs[name].facts.get("flops") for name, verdict in verdicts.items()):
+    trains = any(v.state != "hit" and costs[name].facts.get("flops") for name, v in verdicts.items())
+    if trains:
         print(f"training that has not been timed yet is reckoned with {rate}")
     other = by_other_code(made, verdicts)
     if other:
         print(
             f"made by another state of the code, and kept: {', '.join(other)} (--rerun makes a stage again)"
         )
-    known = sum(cost.seconds or 0.0 for cost in costs.values())
     unknown = sum(v.state != "hit" and costs[n].seconds is None for n, v in verdicts.items())
     more = f", and {unknown} stages that have not been timed yet" if unknown else ""
-    print(
-        f"{made.title}: {span(known)} by what is known{more}. Nothing was run."
-        if known or unknown
-        else "All done."
-    )
+    if known or unknown:
+        print(f"disk: {count(need.disk)}B still needed at its fullest, {count(room)}B free")
+        date = f", until {ends:%A %d %B %H:%M} if it starts now" if known > SOON_SECONDS else ""
+        print(f"{made.title}: {span(known)} by what is known{more}{date}. Nothing was run.")
+    else:
+        print("All done.")
+    if "an assumed" in rate and trains:
+        print(f"to have it measured: {command('plan', profile, set_, rerun, until, base_dir)} --calibrate")
     print(f"next: {command('run', profile, set_, rerun, until, base_dir)}")
+
+
+def measure(made: "Plan", verdicts: "dict[str, Verdict]", asked: bool | None) -> None:
+    """Calibrate if that was asked for; unasked only where it takes seconds and is news."""
+    from nanochat_core.calibrate import calibrate, cost, has_cuda, kept, shape_of
+    from nanochat_core.plan import latest_run
+
+    if asked:
+        calibrate(made, say)
+    if asked is not None or shape_of(made) is None or kept(made) is not None:
+        return
+    timed = latest_run(made.runtime.base_dir, made.profile) is not None
+    here = has_cuda(made.runtime) or made.runtime.device != "cuda"
+    if verdicts["pretrain"].state == "hit" or timed or not here or cost(made)[0] > QUICK_SECONDS:
+        return
+    if has_cuda(made.runtime):  # compiling for a GPU takes a minute before the first step
+        return
+    try:
+        calibrate(made, say)
+    except (ValueError, OSError) as error:
+        say(f"not calibrated: {error}")
+
+
+def show_beside(profile: str, other: str, sets: list[str], base_dir: Path, as_json: bool) -> None:
+    """Two profiles from the start, by arithmetic; --set changes the first."""
+    from nanochat_core.beside import plan_facts
+    from nanochat_core.progress import count
+
+    root = resolved(base_dir)
+    first = plan_facts(load_plan(profile, sets, None, None, root))
+    second = plan_facts(load_plan(other, None, None, None, root))
+    if as_json:
+        print(json.dumps({profile: first, other: second}, indent=1))
+        return
+
+    def words(key: str, value: float | str | None) -> str:
+        if value is None or isinstance(value, str):
+            return value or ""
+        if key in ("depth", "steps", "batch", "vocabulary"):
+            return f"{value:,.0f}"
+        return count(value) + ("B" if key == "disk" else "")
+
+    table(["", profile, other], [[key, words(key, first[key]), words(key, second[key])] for key in first])
+    print(f"next: {command('plan', profile, sets, None, None, base_dir)}")

@@ -3,14 +3,16 @@
 Everything is here, whole and checked, before any training begins.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nanochat_core.stage import Job, Metrics, Recipe
 
 BUNDLE = "eval_bundle"
 IDENTITY = "identity_conversations.jsonl"
 WORDS = "words_alpha.txt"
+HUB_BYTES = 3e9  # CORE's bundle with its zip, SmolTalk as Arrow, the small ones: rounded up
 
 
 class Config(Recipe):
@@ -28,6 +30,9 @@ class Config(Recipe):
     )  # of the hub
     task_folder: str | None = None  # TASK/SPLIT.parquet or .jsonl of your own instead of the hub's
     sha256: dict[str, str] = {}  # noqa: RUF012  # by file name, to pin what is fetched
+
+    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
+        return {"download": HUB_BYTES} if self.source == "hub" else {}
 
 
 def run(cfg: Config, job: Job) -> Metrics:

@@ -1,11 +1,15 @@
 """The text to pretrain on, as parquet shards shared between runs; the artefact is their list, shards.json."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from nanochat_core.data.hub import HUB
 from nanochat_core.stage import Job, Metrics, Recipe
+
+SHARD_BYTES = 100e6  # of 250 million characters as zstd parquet
 
 
 class Config(Recipe):
@@ -30,6 +34,14 @@ class Config(Recipe):
         if self.max_chars is not None and self.source != "embedded":
             raise ValueError("max_chars belongs to the embedded corpus; limit other sources by count")
         return self
+
+    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
+        """What is to be downloaded; the shards that the tokenizer's row has brought are there already."""
+        if self.source not in HUB:
+            return {}
+        head = configs.get("shards_head")
+        known = head.count + 1 if head is not None and head is not self and head.source == self.source else 0
+        return {"download": SHARD_BYTES * max(0, (self.count or 0) + 1 - known)}
 
 
 def urls(cfg: Config) -> list[str]:
