@@ -186,3 +186,30 @@ def test_a_cancelled_run_stops_with_a_checkpoint(toy: Toy, monkeypatch: pytest.M
     thread.join()
     assert state.is_cancelled() and "saved a checkpoint" in (state.message or "")
     assert plans.explain(toy.plan(*slow))["pretrain"].state == "resume"
+
+
+def test_damage_done_while_a_run_is_on_its_way_is_repaired_by_it(toy: Toy) -> None:
+    undisturbed = toy.plan()
+    toy.make(undisturbed)
+    weights = (undisturbed.jobs["sft"].path / "model.safetensors").read_bytes()
+    for stage in ("pretrain", "mid", "sft"):
+        shutil.rmtree(toy.base_dir / stage)
+    made = toy.plan("sft.pause=0.3", "sft_eval.questions=11")
+
+    def damage() -> None:
+        while not (made.jobs["mid"].path / "result.json").exists():
+            time.sleep(0.01)
+        path = made.jobs["pretrain"].path / "model.safetensors"  # nothing reads it any more
+        data = bytearray(path.read_bytes())
+        data[3] ^= 1
+        path.write_bytes(data)
+        (made.jobs["mid"].path / "model.safetensors").unlink()
+
+    thread = threading.Thread(target=damage)
+    thread.start()
+    state = run(toy, "sft.pause=0.3", "sft_eval.questions=11")
+    thread.join()
+    assert state.is_completed()
+    assert (made.jobs["sft"].path / "model.safetensors").read_bytes() == weights
+    assert {verdict.state for verdict in plans.explain(made).values()} == {"hit"}
+    assert toy.starts(made, "pretrain") == ["0", "0", "0"] and toy.starts(made, "sft") == ["0"]
