@@ -28,6 +28,7 @@ VERBS = (
     services.up,
     services.down,
     elsewhere.mirror,
+    elsewhere.join,
 )
 
 app = typer.Typer(

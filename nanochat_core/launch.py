@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanochat_core import copies, guard, inputs, machine, orphans, store
+from nanochat_core import copies, guard, inputs, machine, nodes, orphans, store
 from nanochat_core.pipeline import BY_NAME
 from nanochat_core.plan import Plan, code_digest, judge, rerun_path, saved_step
 from nanochat_core.stage import Interrupted, Job, Metrics, Runtime
@@ -112,7 +112,7 @@ def launch(
             env=environment(),
         )
     rows = follow(work / "metrics.jsonl")
-    short = False
+    short = asked = False
     try:
         while process.poll() is None:
             for row in rows:
@@ -120,6 +120,7 @@ def launch(
                     break
                 watch(row)
             if stopping():
+                asked = True
                 break
             if BY_NAME[name].device and guard.look():
                 short = True
@@ -136,7 +137,9 @@ def launch(
         store.note_attempt(work, "short_of_memory", rows=plan.runtime.device_batch.get(name))
         raise ShortOfMemory(name, "memory was running out, so it was stopped; give it a smaller model, or "
                             f"fewer rows at a time: --set runtime.device_batch.{name}=N", log)  # fmt: skip
-    if process.returncode in (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT):
+    if process.returncode in (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT) or (
+        asked and process.returncode != 0  # torchrun ends with a code of its own
+    ):
         raise Interrupted(name)
     try:
         result = store.verify(job.path, plan.runtime.base_dir)
@@ -477,11 +480,14 @@ def main(argv: list[str]) -> int:
         return 2
     die_with_parent()
     path = Path(argv[0])
-    if BY_NAME[json.loads(path.read_text())["stage"]].ranks == "all" and "RANK" not in os.environ:
-        nproc = json.loads(path.read_text())["runtime"]["nproc"]
-        if nproc > 1:  # the death signal survives exec, so torchrun is told too
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    if "RANK" not in os.environ:
+        record = json.loads(path.read_text())
+        runtime = Runtime.model_validate(record["runtime"])
+        os.environ.update(runtime.environment)
+        if BY_NAME[record["stage"]].ranks == "all" and runtime.processes > 1:
+            launcher = ["-m", "torch.distributed.run", *nodes.torchrun(path.resolve(), runtime)]
             os.environ["NANOCHAT_PARENT"] = str(os.getpid())  # of the ranks, once this process is torchrun
+            # the death signal survives exec, so torchrun is told too
             os.execv(sys.executable, [sys.executable, *launcher, "-m", "nanochat_core.launch", str(path)])
     try:
         execute(path)

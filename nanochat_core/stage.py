@@ -41,7 +41,10 @@ class Runtime(BaseModel):
 
     base_dir: Path = Path()
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    nproc: int = Field(1, ge=1)  # processes of a training stage, one per GPU
+    nproc: int = Field(1, ge=1)  # processes of a training stage on each machine, one per GPU
+    nnodes: int = Field(1, ge=1)  # machines; the others answer with `nanochat join` over the same base_dir
+    rendezvous: str | None = Field(None, pattern=r"^[^:\s]+:\d+$")  # HOST:PORT of the first; its name if None
+    environment: dict[str, str] = {}  # of a stage's processes, set before torch is loaded: NCCL's and the like
     threads: int | None = Field(None, ge=1)  # of torch in each process; None: all cores, shared out
     # auto: bf16 where the hardware multiplies it fast. fp8 (CUDA from sm89): bf16, and the blocks' products
     # in 8 bits;
@@ -56,6 +59,11 @@ class Runtime(BaseModel):
     price_per_hour: float | None = Field(None, ge=0)  # of a rented machine
     keep_checkpoints: int = Field(2, ge=1)  # of an unfinished stage; a finished one keeps only its weights
     mirror: str | None = None  # an fsspec URL that takes copies, from which another machine goes on
+
+    @property
+    def processes(self) -> int:
+        """Of a training stage, on all machines."""
+        return self.nproc * self.nnodes
 
 
 @dataclass(frozen=True)

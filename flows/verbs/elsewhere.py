@@ -1,4 +1,4 @@
-"""More than one machine: `nanochat mirror` keeps copies from which another goes on."""
+"""More than one machine: `nanochat mirror` keeps copies from which another goes on, `nanochat join` helps."""
 
 import sys
 from typing import Annotated
@@ -16,7 +16,10 @@ from flows.verbs.shared import (
     say,
     table,
     usable,
+    with_base,
 )
+
+INTERRUPTED = 130
 
 
 def mirror(
@@ -56,3 +59,17 @@ def mirror(
     )
     on = command("run", profile, [*(set_ or []), f"runtime.mirror={held.url}"], None, until, HOME)
     say(f"next: on another machine: {on}", out=sys.stdout)
+
+
+def join(base_dir: BaseDir = HOME) -> None:
+    """Help a run that another machine leads (runtime.nnodes > 1) over this same, shared base directory."""
+    from nanochat_core.joining import join
+
+    root = usable(base_dir)
+    say(f"waiting for a stage to be called in {root}; Ctrl-C ends it")
+    try:
+        join(root, say)
+    except KeyboardInterrupt:
+        say("left; the others wait for this machine to come back. To go on: "
+            + with_base("nanochat join", base_dir))  # fmt: skip
+        raise typer.Exit(INTERRUPTED) from None

@@ -138,18 +138,21 @@ class Saver:
         if self.world.is_first and self.directory.exists():
             for part in self.directory.glob("*.part"):
                 shutil.rmtree(part, ignore_errors=True)
-        self.world.barrier()
+        newest = self._newest_good() if self.world.is_first else 0
+        step = int(self.world.sum(newest)[0])  # one rank decides: on a network's disk the others may see less
+        if step < 0:
+            return False
+        self._load(self.directory / f"step_{step:08d}", state)
+        return True
+
+    def _newest_good(self) -> int:
+        """The step of the newest checkpoint that is as it was written, or -1."""
         for folder in self.found():
             reason = damage(folder)
-            if reason is not None:
-                print(
-                    f"checkpoint {folder.name} is damaged ({reason}); going back to the one before",
-                    flush=True,
-                )
-                continue
-            self._load(folder, state)
-            return True
-        return False
+            if reason is None:
+                return int(folder.name.removeprefix("step_"))
+            print(f"checkpoint {folder.name} is damaged ({reason}); going back to the one before", flush=True)
+        return -1
 
     def _load(self, folder: Path, state: TrainState) -> None:
         rank = self.world.rank

@@ -1,0 +1,84 @@
+"""One training stage on several machines: torchrun's c10d rendezvous, and how the others hear of it.
+
+The machines share one base directory (NFS). The first, where the run is, leaves a call there and hosts the
+rendezvous; each other one (`nanochat join`) answers whatever is called, stage after stage, until it is told
+to stop. Which machine gets rank 0 is torchrun's affair.
+"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from nanochat_core import store
+from nanochat_core.stage import Runtime
+
+PORT = 29400
+JOIN_SECONDS = 24 * 3600  # how long the machines that are there wait for one that is not
+RESTARTS = 3  # of a stage's ranks on all machines, from the checkpoint, when those of one have died
+ANSWER = "NANOCHAT_ANSWER"  # set in a process that answers a call rather than making one
+
+
+def call_path(base_dir: Path) -> Path:
+    return base_dir / "locks" / "call.json"
+
+
+def torchrun(job: Path, runtime: Runtime) -> list[str]:
+    """The words after `torchrun` for this machine's part of a stage; the first machine also calls the
+    others."""
+    local = [f"--nproc-per-node={runtime.nproc}"]
+    if runtime.nnodes == 1:
+        return ["--standalone", *local]
+    answering = os.environ.get(ANSWER)
+    if answering:
+        call = json.loads(answering)
+    else:
+        call = {
+            "format": store.FORMAT,
+            "base_dir": str(runtime.base_dir),
+            "job": str(job.relative_to(runtime.base_dir)),
+            "endpoint": runtime.rendezvous or f"{socket.gethostname()}:{PORT}",
+            "id": f"{job.parent.parent.name}-{job.parent.name}-{time.time_ns()}",  # each attempt has its own
+        }
+        store.write_json(call_path(runtime.base_dir), call)
+    host = call["endpoint"].rpartition(":")[0]
+    return [
+        f"--nnodes={runtime.nnodes}",
+        *local,
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={call['endpoint']}",
+        f"--rdzv-id={call['id']}",
+        f"--rdzv-conf=is_host={0 if answering else 1},join_timeout={JOIN_SECONDS}",
+        f"--local-addr={address_towards(call['endpoint']) if answering else host}",  # no name service needed
+        f"--max-restarts={RESTARTS}",
+    ]
+
+
+def address_towards(endpoint: str) -> str:
+    """This machine's address on the network that leads to the endpoint."""
+    host, _, port = endpoint.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # sends nothing: only asks for the route
+        s.connect((host, int(port)))
+        return str(s.getsockname()[0])
+
+
+def heard(base_dir: Path) -> dict[str, Any] | None:
+    """The call that is being made at this moment: left in the base directory, and its rendezvous answers."""
+    try:
+        call: dict[str, Any] = json.loads(call_path(base_dir).read_text())
+    except (OSError, ValueError):
+        return None
+    host, _, port = call["endpoint"].rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            pass
+    except OSError:
+        return None
+    if call["base_dir"] != str(base_dir.resolve()):
+        raise ValueError(
+            f"the run's base directory is {call['base_dir']} over there and {base_dir.resolve()} here; "
+            "mount it at the same path on both machines"
+        )
+    return call
