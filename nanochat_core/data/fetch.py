@@ -24,10 +24,12 @@ from nanochat_core.store import sha256, sync_directory, write_whole
 Wait = Callable[[float], object]
 Progress = Callable[[int, int], None]  # files that are here, files wanted
 
-ATTEMPTS = 6  # in a row without one new byte
+ATTEMPTS = 6  # in a row that brought next to nothing
 CORRUPT = 3  # complete, but not what its hash says
 LONGEST_WAIT = 300.0
 CHUNK = 1 << 20
+SLOWEST = 1 << 10  # bytes a second over a whole timeout: below that a line counts as dead
+PROGRESS = 1 << 16  # bytes that an attempt has to bring for the count of failures to begin anew
 HTTP_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -48,6 +50,7 @@ class Fetched(NamedTuple):
     path: Path
     size: int
     sha256: str
+    revision: str | None = None  # the commit that the hub says it is of
 
 
 class Stopped(Exception):
@@ -75,8 +78,9 @@ def here(remote: Remote) -> Fetched | None:
     if not remote.path.is_file():
         return None
     note = _beside(remote.path, ".sum")
-    found = Fetched(remote.path, remote.path.stat().st_size, sha256(remote.path))
     noted = json.loads(note.read_text()) if note.is_file() else {}
+    size = remote.path.stat().st_size
+    found = Fetched(remote.path, size, sha256(remote.path), noted.get("revision"))
     sizes, hashes = {remote.size, noted.get("size")}, {remote.sha256, noted.get("sha256")}
     if not (sizes <= {None, found.size} and hashes <= {None, found.sha256}):
         return None
@@ -131,19 +135,19 @@ def fetch_one(
     part = _beside(remote.path, ".part")
     jitter = random.Random(remote.url)
     failures = corrupt = 0
-    best = part.stat().st_size if part.exists() else 0
+    mark = part.stat().st_size if part.exists() else 0
     while True:
         if stop.is_set():
             raise Stopped
         try:
-            expected = _attempt(remote, part, timeout, stop)
+            expected, revision = _attempt(remote, part, timeout, stop)
             size, digest = part.stat().st_size, sha256(part)
             wanted = remote.sha256 or expected
             if (remote.size in (None, size)) and (wanted in (None, digest)):
                 break
             part.unlink()
             corrupt += 1
-            best = 0
+            mark = 0
             reason = f"{size} bytes, sha256 {digest[:12]}; expected {remote.size}, {(wanted or '')[:12]}"
             if corrupt == CORRUPT:
                 raise ValueError(f"{remote.url} arrived damaged {CORRUPT} times ({reason})")
@@ -151,8 +155,8 @@ def fetch_one(
         except _Again as error:
             again = error
         size = part.stat().st_size if part.exists() else 0
-        failures = 0 if size > best else failures + 1
-        best = max(best, size)
+        failures = failures + 1 if size < mark + PROGRESS else 0
+        mark = mark if failures else size
         if failures == ATTEMPTS:
             raise ValueError(
                 f"{remote.url} could not be fetched in {ATTEMPTS} attempts: {again}; the same command goes on"
@@ -163,7 +167,7 @@ def fetch_one(
                 again.after if again.after is not None else 2.0**failures * jitter.uniform(0.5, 1.0),
             )
         )
-    fetched = Fetched(remote.path, size, digest)
+    fetched = Fetched(remote.path, size, digest, revision)
     _write_note(remote, fetched)
     part.replace(remote.path)
     sync_directory(part.parent)
@@ -172,7 +176,12 @@ def fetch_one(
 
 
 def _write_note(remote: Remote, fetched: Fetched) -> None:
-    note = {"url": remote.url, "size": fetched.size, "sha256": fetched.sha256}
+    note = {
+        "url": remote.url,
+        "size": fetched.size,
+        "sha256": fetched.sha256,
+        "revision": fetched.revision,
+    }
     write_whole(_beside(remote.path, ".sum"), json.dumps(note))
 
 
@@ -181,20 +190,25 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and remembers the hash that the hub names only in the first answer."""
+    """Follows redirects and remembers the hash and commit that the hub names only in the first answer."""
 
     def __init__(self) -> None:
         self.linked: str | None = None
+        self.revision: str | None = None
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
     ) -> urllib.request.Request | None:
         self.linked = self.linked or headers.get("X-Linked-ETag")
+        self.revision = self.revision or headers.get("X-Repo-Commit")
         return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
 
 
-def _attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) -> str | None:
-    """Append to `part` until the body is complete; returns the sha256 that the server vouches for, if any."""
+def _attempt(
+    remote: Remote, part: Path, timeout: float, stop: threading.Event
+) -> tuple[str | None, str | None]:
+    """Append to `part` until the body is complete; what the server vouches for, as far as it does: the sha256
+    and the commit."""
     tag_file = _beside(part, ".etag")
     have = part.stat().st_size if part.exists() else 0
     tag = tag_file.read_text(encoding="utf-8") if tag_file.exists() else ""
@@ -208,6 +222,7 @@ def _attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) 
             vouched = (
                 redirects.linked or answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag") or ""
             )
+            commit = answer.headers.get("X-Repo-Commit")
             resumed = answer.status == 206 and _range_start(answer.headers) == have
             if answer.status == 206 and not resumed:
                 part.unlink()
@@ -218,11 +233,16 @@ def _attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) 
             length = answer.headers.get("Content-Length")
             got = 0
             with part.open("ab" if resumed else "wb") as file:
-                while chunk := answer.read(CHUNK):
+                since, had = time.monotonic(), 0
+                while chunk := answer.read1(CHUNK):  # what is there: nothing is held back from the disk
                     file.write(chunk)
                     got += len(chunk)
                     if stop.is_set():
                         raise Stopped
+                    if (now := time.monotonic()) - since > timeout:
+                        if got - had < SLOWEST * timeout:
+                            raise _Again(f"{got - had} bytes came in {now - since:.1f} s")
+                        since, had = now, got
                 file.flush()
                 os.fsync(file.fileno())
             if length is not None and got != int(length):
@@ -232,7 +252,7 @@ def _attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) 
         if error.code == 416 and have:  # the rest begins past the end: complete, or not the same file
             complete = (error.headers.get("Content-Range") or "").endswith(f"/{have}")
             if complete:
-                return _as_hash(redirects.linked or tag)
+                return _as_hash(redirects.linked or tag), redirects.revision
             part.unlink()
             raise _Again("the partial file does not fit what the server has") from None
         if error.code in HTTP_TRANSIENT:
@@ -242,7 +262,7 @@ def _attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) 
         ) from None
     except NETWORK as error:
         raise _Again(str(error) or type(error).__name__) from None
-    return _as_hash(vouched)
+    return _as_hash(vouched), redirects.revision or commit
 
 
 def _as_hash(etag: str) -> str | None:

@@ -10,15 +10,25 @@ import json
 import os
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from nanochat_core.data import corpus
 from nanochat_core.data.documents import MANIFEST, Shard, Shards, shard_list
 from nanochat_core.data.fetch import Progress, Remote, fetch
 from nanochat_core.data.hub import HUB
-from nanochat_core.data.raw_text import DOCUMENT, check_column, kind, pieces, read_documents
+from nanochat_core.data.raw_text import (
+    DOCUMENT,
+    TextFile,
+    check_column,
+    find,
+    kind,
+    pieces,
+    read_documents,
+)
 from nanochat_core.store import locked, sha256, sync_directory, write_whole
 
 if TYPE_CHECKING:
@@ -154,6 +164,13 @@ def download(
     return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
 
 
+def revisions(shards: Shards) -> list[str]:
+    """The commits of a data set that its shards are of, as the hub said when they came: usually one."""
+    notes = [shard.path.with_name(f"{shard.name}.sum") for shard in shards.train + shards.validation]
+    found = {json.loads(note.read_text()).get("revision") for note in notes if note.is_file()}
+    return sorted(found - {None})
+
+
 def remotes(urls: Sequence[str], root: Path) -> list[Remote]:
     """Where the files of a download are kept."""
     if len(urls) < 2:
@@ -164,31 +181,50 @@ def remotes(urls: Sequence[str], root: Path) -> list[Remote]:
     return files
 
 
-def from_filesystem(url: str, root: Path, count: int | None, *, offline: bool) -> Shards:
-    """The parquet files of a folder on any file system that fsspec knows (s3://, gs://, ...), the last for
-    validation."""
-    import fsspec  # type: ignore[import-untyped]
-
+def from_filesystem(url: str, root: Path, count: int | None, *, workers: int, offline: bool) -> Shards:
+    """A folder on any file system that fsspec knows (s3://, gs://, ...), copied here."""
     if offline:
         raise ValueError(f"NANOCHAT_OFFLINE is set: copy the files of {url} to a folder and name that")
-    fs, place = fsspec.core.url_to_fs(url)
-    there = sorted(fs.glob(f"{place.rstrip('/')}/*.parquet"))
-    if len(there) < 2:
-        raise ValueError(
-            f"{url} holds {len(there)} parquet files: the last is for validation, so two are needed"
-        )
+    files = find(url)
+    parquet = [file for file in files if kind(file.url) == ".parquet"]
+    if not files:
+        raise ValueError(f"{url} holds no .parquet, .jsonl or .txt file")
+    if len(parquet) == 1:
+        raise ValueError(f"{url} holds one parquet file: the last is for validation, so two are needed")
+    wanted = [*parquet[:-1][:count], parquet[-1]] if parquet else files
     folder = root / folder_of(f"{url.rstrip('/')}/")
-    shards = []
-    with locked(folder.with_name(folder.name + ".lock")):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in [*there[:-1][:count], there[-1]]:
-            path = folder / name.rsplit("/", 1)[-1]
-            if not path.is_file() or path.stat().st_size != fs.size(name):
-                part = path.with_name(path.name + ".part")
-                fs.get_file(name, str(part))
-                part.replace(path)
-            shards.append(describe(path))
+    above = os.path.commonpath([PurePosixPath(file.url).parent for file in wanted])
+    paths = [folder / PurePosixPath(file.url).relative_to(above) for file in wanted]
+    with locked(folder.with_name(folder.name + ".lock")), ThreadPoolExecutor(workers) as pool:
+        list(pool.map(_copy, wanted, paths))
+    if not parquet:
+        return _texts(folder, paths, root)
+    shards = [describe(path) for path in paths]
     return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
+
+
+def _copy(file: TextFile, path: Path) -> None:
+    """Copy a file whole, unless it is what is here; the file system's own library does the retries."""
+    import fsspec  # type: ignore[import-untyped]
+
+    note = path.with_name(path.name + ".sum")
+    noted = json.loads(note.read_text()) if note.is_file() and path.is_file() else {}
+    if noted.get("tag") == file.tag and noted["sha256"] == sha256(path):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with fsspec.open(file.url, "rb") as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+            target.flush()
+            os.fsync(target.fileno())
+    except OSError as error:
+        raise ValueError(f"{file.url} could not be copied ({error}); the same command goes on") from None
+    if part.stat().st_size != file.size:
+        raise ValueError(f"{file.url} arrived with {part.stat().st_size} bytes, not {file.size}; run again")
+    write_whole(note, json.dumps({"url": file.url, "tag": file.tag, "sha256": sha256(part)}))
+    part.replace(path)
+    sync_directory(path.parent)
 
 
 def folder_of(url: str) -> str:
@@ -222,11 +258,16 @@ def local(folder: Path, root: Path) -> Shards:
             f"{parquet[0]} is the only parquet file: the last one is for validation, so two are needed; "
             f"make shards of it with: nanochat repackage {parquet[0]} FOLDER"
         )
-    if parquet:
-        shards = [describe(path) for path in parquet]
-        return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
     if not files:
         raise ValueError(f"{folder} holds no .parquet, .jsonl or .txt file")
+    if not parquet:
+        return _texts(folder, files, root)
+    shards = [describe(path) for path in parquet]
+    return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
+
+
+def _texts(folder: Path, files: Sequence[Path], root: Path) -> Shards:
+    """Shards of jsonl and txt files, in a folder named by what the files hold."""
     listing = [(str(path.relative_to(folder)), sha256(path)) for path in files]
     name = f"local-{hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]}"
     return _fill(root / name, root, lambda: _from_files(files))

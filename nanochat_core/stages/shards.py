@@ -13,7 +13,7 @@ SHARD_BYTES = 100e6  # of 250 million characters as zstd parquet
 
 
 class Config(Recipe):
-    source: str | tuple[str, ...] = "embedded"  # or a known data set, a folder, URLs of parquet
+    source: str | tuple[str, ...] = "embedded"  # or a known data set, a folder, any fsspec URL, parquet URLs
     count: int | None = Field(None, ge=1)  # train shards; the pinned validation shard always comes along
     revision: str = "main"  # of a known data set; a commit's hash pins it
     max_chars: int | None = Field(None, ge=10_000)  # of the embedded corpus; None: all 21 million
@@ -61,6 +61,7 @@ def run(cfg: Config, job: Job) -> Metrics:
     from nanochat_core.data import corpus, shards
     from nanochat_core.data.documents import MANIFEST, Shards
     from nanochat_core.data.fetch import offline
+    from nanochat_core.data.raw_text import PACKED, SUFFIXES
     from nanochat_core.store import write_whole
 
     root = job.runtime.base_dir / "downloads"
@@ -79,16 +80,23 @@ def run(cfg: Config, job: Job) -> Metrics:
             progress=lambda n, of: job.record(step=n, steps=of),
         )
     elif isinstance(cfg.source, str) and "://" in cfg.source:
-        found = shards.from_filesystem(cfg.source, root, cfg.count, offline=offline())
+        found = shards.from_filesystem(cfg.source, root, cfg.count, workers=cfg.workers, offline=offline())
     else:
-        found = shards.local(Path(str(cfg.source)).expanduser(), root)
+        folder = Path(str(cfg.source)).expanduser()
+        job.made_from(folder, SUFFIXES + PACKED)
+        found = shards.local(folder, root)
     found = Shards(found.train[: cfg.count], found.validation)
     write_whole(job.path / MANIFEST, shards.manifest(found, root))
     for shard in found.train + found.validation:
         if shard.path.is_relative_to(root):
             job.uses(shard.path)
     job.record(step=1, steps=1)
+    commits = shards.revisions(found)
+    if len(commits) > 1:
+        note = f"the shards are of {len(commits)} commits of the data set; shards.revision pins one"
+        job.record(step=1, steps=1, note=note)
     return {
+        "revision": ", ".join(commits) or None,
         "train_shards": len(found.train),
         "documents": sum(shard.rows for shard in found.train),
         "validation_documents": sum(shard.rows for shard in found.validation),

@@ -131,7 +131,7 @@ def test_a_folder_on_another_file_system_is_copied_once(tmp_path: Path) -> None:
     before = shard_list(made.path).train[0].path.stat().st_mtime_ns
     shards.run(cfg, made)
     assert shard_list(made.path).train[0].path.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="holds 0 parquet files"):
+    with pytest.raises(ValueError, match=r"holds no \.parquet, \.jsonl or \.txt file"):
         shards.run(shards.Config(source=f"file://{tmp_path}/none"), made)
 
 
@@ -141,3 +141,68 @@ def test_a_source_that_cannot_be_meant_is_refused_at_once() -> None:
             shards.Config(source=source)
     with pytest.raises(ValueError, match="max_chars belongs to the embedded corpus"):
         shards.Config(source="/somewhere", max_chars=100_000)
+
+
+def test_text_on_another_file_system_is_copied_once_and_again_where_it_changed(tmp_path: Path) -> None:
+    import fsspec
+
+    there = fsspec.filesystem("memory")
+    there.pipe("/bucket/a.jsonl", b'{"text": "one"}\n{"text": "two"}\n')
+    there.pipe("/bucket/below/b.txt", b"three")
+    cfg = shards.Config(source="memory://bucket")
+    made = job(tmp_path / "base", "shards", cfg)
+    shards.run(cfg, made)
+    assert sorted([*texts(made.path, "train"), *texts(made.path, "validation")]) == ["one", "three", "two"]
+    (copy,) = (tmp_path / "base").rglob("a.jsonl")
+    before = copy.stat().st_mtime_ns
+    shards.run(cfg, made)
+    assert copy.stat().st_mtime_ns == before
+    there.pipe("/bucket/a.jsonl", b'{"text": "six"}\n{"text": "two"}\n')  # as long as it was
+    shards.run(cfg, made)
+    assert sorted([*texts(made.path, "train"), *texts(made.path, "validation")]) == ["six", "three", "two"]
+    there.rm("/bucket", recursive=True)
+
+
+def test_a_folder_of_ones_own_is_watched_for_changes(tmp_path: Path) -> None:
+    from nanochat_core import store
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for i in range(3):
+        write_shard(mine / f"{i}.parquet", [f"document {i}"])
+    cfg = shards.Config(source=str(mine))
+    made = job(tmp_path / "base", "shards", cfg)
+    store.commit(
+        made.path, tmp_path / "base", shards.run(cfg, made), made.shared, 1.0, {}, None, made.origins
+    )
+    assert store.verify(made.path, tmp_path / "base") is not None
+    write_shard(mine / "1.parquet", ["something else"])
+    with pytest.raises(store.Damaged, match=r"mine/1\.parquet, which it was made from, has changed"):
+        store.verify(made.path, tmp_path / "base")
+
+
+def test_the_commit_that_the_hub_names_is_kept(served: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = served
+    for i in range(3):
+        write_shard(folder / f"{i}.parquet", [f"document {i}"])
+
+    class Hub(Quiet):
+        def end_headers(self) -> None:
+            self.send_header("X-Repo-Commit", "b" * 40 if self.path.startswith("/1") else "a" * 40)
+            super().end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        cfg = shards.Config(source=(f"{url}/0.parquet", f"{url}/2.parquet"))
+        assert shards.run(cfg, job(tmp_path / "base", "shards", cfg))["revision"] == "a" * 40
+        cfg = shards.Config(source=tuple(f"{url}/{i}.parquet" for i in range(3)))
+        made = job(tmp_path / "base", "more", cfg)
+        assert shards.run(cfg, made)["revision"] == f"{'a' * 40}, {'b' * 40}"
+        assert "shards.revision pins one" in (made.path / "metrics.jsonl").read_text()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,6 +1,8 @@
 """The downloader against a server that does everything a bad line does."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -212,6 +214,100 @@ def test_a_stalled_connection_is_given_up_and_tried_again(site: Site, tmp_path: 
 
     site.handler.trouble = trouble
     assert fetch_one(site.remote("shard_2", tmp_path), wait=no_wait, timeout=0.1).sha256 == TAG["shard_2"]
+
+
+def test_a_line_that_drips_counts_as_dead_and_ends_within_the_budget(site: Site, tmp_path: Path) -> None:
+    def trouble(self: Hostile, name: str, attempt: int) -> bool:
+        body = BODY[name]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{TAG[name]}"')
+        self.end_headers()
+        try:
+            for i in range(100):
+                self.wfile.write(body[i : i + 1])
+                time.sleep(0.01)
+        except OSError:
+            pass  # we were hung up on
+        self.close_connection = True
+        return True
+
+    site.handler.trouble = trouble
+    with pytest.raises(ValueError, match=rf"could not be fetched in {ATTEMPTS} attempts: \d+ bytes came in"):
+        fetch([site.remote("shard_2", tmp_path)], wait=no_wait, timeout=0.05)
+    assert site.handler.seen["shard_2"] == ATTEMPTS
+
+
+@pytest.mark.parametrize("stated", [-100, 100])
+def test_a_wrong_length_never_passes_for_the_file(site: Site, tmp_path: Path, stated: int) -> None:
+    def trouble(self: Hostile, name: str, attempt: int) -> bool:
+        if attempt > 1:
+            return False
+        body = BODY[name]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + stated))
+        self.send_header("ETag", f'"{TAG[name]}"')
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+        return True
+
+    site.handler.trouble = trouble
+    assert fetch([site.remote("shard_2", tmp_path)], wait=no_wait, timeout=2)[0].sha256 == TAG["shard_2"]
+    assert (tmp_path / "shard_2").read_bytes() == BODY["shard_2"]
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from nanochat_core.data.fetch import Remote, fetch
+fetch([Remote(f"{sys.argv[1]}/shard_{i}", Path(sys.argv[2]) / f"shard_{i}") for i in range(20)], workers=4)
+"""
+
+
+def test_kill_9_in_the_middle_loses_at_most_the_open_chunks(site: Site, tmp_path: Path) -> None:
+    sent: dict[str, int] = {}
+
+    def slowly(self: Hostile, name: str, attempt: int) -> bool:
+        body = BODY[name]
+        begin = int(self.headers["Range"][6:-1]) if "Range" in self.headers else 0
+        self.send_response(206 if begin else 200)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
+        self.send_header("ETag", f'"{TAG[name]}"')
+        self.send_header("Content-Length", str(len(body) - begin))
+        self.end_headers()
+        try:
+            for at in range(begin, len(body), 4096):
+                self.wfile.write(body[at : at + 4096])
+                with self.lock:
+                    sent[name] = sent.get(name, 0) + len(body[at : at + 4096])
+                time.sleep(0.003)
+        except OSError:
+            self.close_connection = True  # its process was killed
+        return True
+
+    site.handler.trouble = slowly
+    command = [sys.executable, "-c", COMMAND, site.url, str(tmp_path)]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("shard_*[0-9]"))) < 6:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+    time.sleep(0.05)  # the server notices
+    here = {path.name for path in tmp_path.glob("shard_*[0-9]")}
+    parts = {path.stem: path.stat().st_size for path in tmp_path.glob("*.part")}
+    assert 6 <= len(here) < 20 and parts and len(parts) <= 4
+    site.handler.asked.clear()
+    fetched = fetch([site.remote(name, tmp_path) for name in BODY], wait=no_wait)
+    assert [file.sha256 for file in fetched] == list(TAG.values())
+    asked = dict(line.split(" ", 1) for line in site.handler.asked)
+    assert not here & set(asked)
+    for name, size in parts.items():
+        assert asked[name] == (f"bytes={size}-" if size else "")
+    again = sum(sent.values()) - sum(len(body) for body in BODY.values())
+    assert again < 4 * (1 << 16)  # what was on the way to four open files
 
 
 def test_a_file_with_another_hash_than_the_known_one_is_refused(site: Site, tmp_path: Path) -> None:
