@@ -503,8 +503,9 @@ def main(argv: list[str]) -> int:
             print(f"error: {FULL if full else error}", flush=True)
         return DISK_FULL if full else 1
     except Exception as error:
-        traceback.print_exc()
-        print(f"error: {type(error).__name__}: {error}", flush=True)
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+            print(f"error: {type(error).__name__}: {error}", flush=True)
         return 1
     return 0
 

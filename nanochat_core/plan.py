@@ -117,8 +117,10 @@ def load(
         left_out,
         _with_descendants(set(rerun), sources),
     )
-    for row in jobs:
-        plan.facts(row)  # what cannot be computed is refused before anything runs
+    configs = {row: job.config for row, job in jobs.items()}
+    for row, job in jobs.items():  # what cannot work is refused before anything runs
+        plan.facts(row)
+        job.config.check(row, configs, runtime.processes if BY_NAME[row].ranks == "all" else 1)
     return plan
 
 

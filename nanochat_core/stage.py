@@ -32,6 +32,10 @@ class Recipe(BaseModel):
         configs."""
         return {}
 
+    def check(self, row: str, configs: "Mapping[str, Any]", ranks: int) -> None:
+        """Refuse what could only fail later, given all rows' configs and how many processes will share the
+        work."""
+
 
 class Runtime(BaseModel):
     """Where and how a run happens. Nothing here changes what the mathematics comes to, so none of it is

@@ -76,7 +76,6 @@ class Config(Training):
     def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
         vocab_size = configs["tokenizer"].vocab_size
         shape, batch, steps = self.shape(vocab_size), self.batch(vocab_size), self.horizon(vocab_size)
-        divides(batch, shape.sequence_len, "pretrain.total_batch")
         return {
             "params": sum(num_params(shape).values()),
             "batch": batch,
@@ -84,6 +83,10 @@ class Config(Training):
             "tokens": batch * steps,
             "flops": batch * steps * flops_per_token(shape),
         }
+
+    def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
+        vocab_size = configs["tokenizer"].vocab_size
+        divides(self.batch(vocab_size), self.shape(vocab_size).sequence_len, f"{row}.total_batch", ranks)
 
 
 def run(cfg: Config, job: Job) -> Metrics:

@@ -48,6 +48,10 @@ class Config(Training):
     def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
         return {"steps": self.steps}
 
+    def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
+        if ranks > self.questions:
+            raise ValueError(f"{ranks} ranks cannot share {self.questions} questions; raise {row}.questions")
+
 
 def run(cfg: Config, job: Job) -> Metrics:
     """Go on from the fine-tuned model, rewarded by the task's own marking."""
@@ -77,8 +81,6 @@ def run(cfg: Config, job: Job) -> Metrics:
         assets = job.inputs.get("assets")
         task = load_task(cfg.task, "train", size=cfg.task_rows, assets=assets)
         held_out = load_task(cfg.task, "test", size=cfg.eval_problems, assets=assets)
-        if not 0 < world.size <= cfg.questions:
-            raise ValueError(f"{world.size} ranks cannot share {cfg.questions} questions; raise rl.questions")
         state = new_state(model, cfg.rates(1), world)
         sampler = Sampler(cfg.samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
         examiner = Sampler(cfg.eval_samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)

@@ -9,6 +9,7 @@ thread while training goes on.
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -194,7 +196,12 @@ def damage(folder: Path) -> str | None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file, on the disk and not only in its cache when this returns."""
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # it tells the system's error in its text alone
+        if match := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
+        raise
     with path.open("rb") as f:
         os.fsync(f.fileno())
 

@@ -70,11 +70,13 @@ class ChatTraining(Training):
 
     def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
         shape: GPTConfig = configs["pretrain"].shape(configs["tokenizer"].vocab_size)
-        divides(self.total_batch, shape.sequence_len, "total_batch")
         if self.steps is None:
             return {}
         tokens = self.steps * self.total_batch
         return {"steps": self.steps, "tokens": tokens, "flops": tokens * flops_per_token(shape)}
+
+    def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
+        divides(self.total_batch, configs["pretrain"].sequence_len, f"{row}.total_batch", ranks)
 
 
 def divides(total_batch: int, sequence_len: int, name: str, ranks: int = 1) -> int:

@@ -46,6 +46,20 @@ def test_decay_is_bounded_below_the_depths_the_rule_was_fitted_on(tmp_path: Path
     assert config.weight_decay * config.decay_scale(32_768) == pytest.approx(0.5)
 
 
-def test_a_batch_that_does_not_divide_says_which_would(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"set pretrain\.total_batch to 2048"):
-        plans.load("cpu-demo", ["pretrain.total_batch=2000"], base_dir=tmp_path)
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["pretrain.total_batch=2000"], r"set pretrain\.total_batch to 2048"),
+        (["sft.total_batch=1000"], r"set sft\.total_batch to 1024"),
+        (["runtime.nproc=3"], r"not a multiple of 3 x 256; set pretrain\.total_batch to 2304"),
+        (
+            ["runtime.nproc=128", *(f"{row}.total_batch=32768" for row in ("pretrain", "mid", "sft"))],
+            r"128 ranks cannot share \d+ questions; raise rl\.questions",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused_before_anything_runs(
+    settings: list[str], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        plans.load("cpu-demo", settings, base_dir=tmp_path)

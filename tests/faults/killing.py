@@ -28,9 +28,9 @@ def weights_and_losses(base_dir: Path, stage: str) -> tuple[str, list[tuple[int,
     return digest, [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
-def start(base_dir: Path, stage: str) -> "subprocess.Popen[bytes]":
+def start(base_dir: Path, stage: str, *overrides: str) -> "subprocess.Popen[bytes]":
     """A stage's process, as launch starts it but ours to kill."""
-    plan = tiny(base_dir)
+    plan = tiny(base_dir, *overrides)
     path = plan.jobs[stage].path
     path.mkdir(parents=True, exist_ok=True)
     store.write_json(path / "job.json", launch.describe(plan, stage, None))
