@@ -48,7 +48,7 @@ class Runtime(BaseModel):
     nproc: int = Field(1, ge=1)  # processes of a training stage on each machine, one per GPU
     nnodes: int = Field(1, ge=1)  # machines; the others answer with `nanochat join` over the same base_dir
     rendezvous: str | None = Field(None, pattern=r"^[^:\s]+:\d+$")  # HOST:PORT of the first; its name if None
-    environment: dict[str, str] = {}  # of a stage's processes, set before torch is loaded: NCCL's and the like
+    environment: dict[str, str] = {}  # of a stage's processes, set before torch is loaded: NCCL's and others
     threads: int | None = Field(None, ge=1)  # of torch in each process; None: all cores, shared out
     # auto: bf16 where the hardware multiplies it fast. fp8 (CUDA from sm89): bf16, and the blocks' products
     # in 8 bits;
@@ -81,6 +81,7 @@ class Job:
     runtime: Runtime
     fingerprint: str
     shared: set[Path] = field(default_factory=set, compare=False)
+    origins: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def record(self, *, step: int, steps: int, **row: float | int | str) -> None:
         """One line of progress, for whoever watches: step of steps, and any numbers worth a curve."""
@@ -89,10 +90,14 @@ class Job:
             f.write(line + "\n")
 
     def uses(self, path: Path) -> None:
-    origins: dict[str, Any] = field(default_factory=dict, compare=False)
         """Say that the artefact relies on a shared file outside its directory; it is verified along with the
         rest."""
         self.shared.add(path)
+
+    def made_from(self, place: Path, suffixes: Sequence[str] = ("",)) -> None:
+        """Say that the artefact comes from a user's own file, or a folder's files that end so: when they
+        change, it is made again. To be said before they are read."""
+        self.origins[str(place.absolute())] = store.origin(place.absolute(), suffixes)
 
 
 class StageModule(Protocol):
@@ -102,11 +107,6 @@ class StageModule(Protocol):
     def Config(self) -> type[Recipe]: ...
 
     def run(self, cfg: Any, job: Job) -> Metrics: ...
-    def made_from(self, place: Path, suffixes: Sequence[str] = ("",)) -> None:
-        """Say that the artefact comes from a user's own file, or a folder's files that end so: when they
-        change, it is made again. To be said before they are read."""
-        self.origins[str(place.absolute())] = store.origin(place.absolute(), suffixes)
-
 
 
 @dataclass(frozen=True)
