@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from flows.verbs import doctor, elsewhere, kept, plan, run, services, talk
+from flows.verbs import doctor, elsewhere, evaluate, kept, plan, run, services, talk
 from flows.verbs.shared import say
 
 VERBS = (
@@ -23,6 +23,7 @@ VERBS = (
     kept.verify,
     kept.gc,
     kept.report,
+    evaluate.core,
     talk.chat,
     talk.serve,
     services.up,

@@ -36,6 +36,7 @@ WORK = (
         "base_eval",
         base_eval,
         reads={"model": "pretrain", "tokenizer": "tokenizer", "assets": "assets"},
+        ranks="all",
         device=True,
     ),
     Stage(

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from nanochat_core.data.tasks.base import Problem, Task
-from nanochat_core.eval.core import Candidate, buckets
+from nanochat_core.eval.spans import BATCH_TOKENS, Candidate, buckets
 from nanochat_core.infer.engine import Completion, Engine
 from nanochat_core.infer.sampling import Sampling
 from nanochat_core.model.gpt import GPT
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.tokenizer.chat import render_for_completion
 
-BATCH_TOKENS = 16_384  # of a forward pass, padding included
 Answered = Callable[[int], None]  # called with the number of problems answered so far
 
 

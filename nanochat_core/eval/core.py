@@ -3,8 +3,7 @@
 The tasks and their files are DCLM's (https://arxiv.org/abs/2406.11794). An example becomes one or more
 candidates: token sequences of which a span is scored. Multiple choice scores what follows the candidates'
 common beginning, schema what is their common end, and the lowest mean loss wins; language modelling wants
-every token of the continuation to be the model's first choice. Candidates of all examples are batched by
-length, and only scored positions reach the head.
+every token of the continuation to be the model's first choice.
 """
 
 import csv
@@ -12,14 +11,14 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
 
-from nanochat_core.model.gpt import GPT, SOFTCAP
-from nanochat_core.model.kv_cache import KVCache
-from nanochat_core.tokenizer.bpe import Tokenizer
+from nanochat_core import store
+from nanochat_core.eval.spans import BATCH_TOKENS, Candidate, Logits, common_prefix, score
+from nanochat_core.model.gpt import GPT
+from nanochat_core.train.ranks import World
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
 Example = dict[str, Any]
@@ -29,8 +28,14 @@ FIELDS: dict[Kind, dict[str, type]] = {
     "schema": {"context_options": list, "continuation": str, "gold": int},
     "language_modeling": {"context": str, "continuation": str},
 }
-BATCH_TOKENS = 16_384  # of a forward pass, padding included
-WORTH_SHARING = 16  # tokens of a common beginning; two passes for fewer take longer than one
+
+
+class Tokens(Protocol):
+    """What is asked of a tokenizer: ours, or transformers' in a coat."""
+
+    @property
+    def bos(self) -> int: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
 
 class IclTask(NamedTuple):
@@ -42,14 +47,6 @@ class IclTask(NamedTuple):
     shots: int
     delimiter: str
     baseline: float  # 0..1
-
-
-class Candidate(NamedTuple):
-    """Tokens of which those at start..end-1 are scored."""
-
-    tokens: list[int]
-    start: int
-    end: int
 
 
 class Outcome(NamedTuple):
@@ -105,22 +102,36 @@ def read_bundle(directory: Path) -> list[IclTask]:
 def read_examples(task: IclTask, limit: int | None = None) -> list[Example]:
     """A task's examples in the order CORE shuffles them into, or the first `limit` of those."""
     examples = []
-    with task.path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                example = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{task.path}, line {number}: not JSON ({error.msg})") from None
-            for field, kind in FIELDS[task.kind].items():
-                if not isinstance(example, dict) or not isinstance(example.get(field), kind):
-                    raise ValueError(f"{task.path}, line {number}: expected {field!r} as {kind.__name__}")
-            examples.append(example)
+    for number, line in enumerate(task.path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line.decode())
+            check(task.kind, example)
+        except UnicodeDecodeError:
+            raise ValueError(f"{task.path}, line {number}: not UTF-8") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{task.path}, line {number}: not JSON ({error.msg})") from None
+        except ValueError as error:
+            raise ValueError(f"{task.path}, line {number}: {error}") from None
+        examples.append(example)
     if not examples:
         raise ValueError(f"{task.path} is empty: expected one example a line")
     random.Random(1337).shuffle(examples)
     return examples[:limit]
+
+
+def check(kind: Kind, example: Any) -> None:
+    """Refuse an example that is not of its kind."""
+    for field, wanted in FIELDS[kind].items():
+        if not isinstance(example, dict) or not isinstance(example.get(field), wanted):
+            raise ValueError(f"expected {field!r} as {wanted.__name__}")
+    options = example.get("choices" if kind == "multiple_choice" else "context_options")
+    if kind != "language_modeling":
+        if not options or not all(isinstance(option, str) for option in options):
+            raise ValueError("expected the options as texts, and at least one")
+        if not 0 <= example["gold"] < len(options):
+            raise ValueError(f"gold is {example['gold']}, but there are {len(options)} options")
 
 
 # ----------------------------------------------------------------------------------------- examples to tokens
@@ -160,12 +171,6 @@ def _solved(task: IclTask, example: Example) -> str:
             return f"{example['context'].strip()}{task.delimiter}{example['continuation']}"
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    shortest = min(map(len, sequences))
-    return next((i for i in range(shortest) if len({s[i] for s in sequences}) > 1), shortest)
-
-
 def common_suffix(sequences: Sequence[Sequence[int]]) -> int:
     """How many tokens all sequences end with."""
     return common_prefix([sequence[::-1] for sequence in sequences])
@@ -196,158 +201,76 @@ def _cut(candidate: Candidate, context: int | None) -> Candidate:
     return Candidate(candidate.tokens[cut:], max(1, candidate.start - cut), candidate.end - cut)
 
 
-# -------------------------------------------------------------------------------------------------- the model
-
-
-class Span(NamedTuple):
-    """What the model made of a candidate's span."""
-
-    loss: float  # mean, in nats
-    exact: bool  # every token was the likeliest
-
-
-@torch.no_grad()
-def score(
-    model: nn.Module,
-    groups: Sequence[Sequence[Candidate]],
-    *,
-    device: torch.device | str,
-    batch_tokens: int = BATCH_TOKENS,
-) -> list[list[Span]]:
-    """Score the candidates of many examples, in batches of similar length.
-
-    A GPT of ours reads once what the candidates of an example begin with, and only scored positions reach its
-    head; any other module that maps (B, T) tokens to logits reads everything.
-    """
-    found: dict[int, list[Span]] = {}
-    for batch in buckets(groups, batch_tokens):
-        chosen = [groups[i] for i in batch]
-        spans = iter(_ours(model, chosen, device) if isinstance(model, GPT) else _any(model, chosen, device))
-        for i in batch:
-            found[i] = [next(spans) for _ in groups[i]]
-    return [found[i] for i in range(len(groups))]
-
-
-def buckets(groups: Sequence[Sequence[Candidate]], batch_tokens: int) -> Iterator[list[int]]:
-    """Examples of similar length, as many as fit into a pass; longest first: too big shows at once."""
-
-    def longest(i: int) -> int:
-        return max(len(candidate.tokens) for candidate in groups[i])
-
-    batch: list[int] = []
-    rows = 0
-    for i in sorted(range(len(groups)), key=longest, reverse=True):
-        if batch and (rows + len(groups[i])) * longest(batch[0]) > batch_tokens:
-            yield batch
-            batch, rows = [], 0
-        batch.append(i)
-        rows += len(groups[i])
-    if batch:
-        yield batch
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
-    """(B, T), zeros on the right: harmless, as attention is causal."""
-    idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        idx[row, : len(tokens)] = torch.tensor(tokens)
-    return idx.to(device)
-
-
-def _scored(candidates: Sequence[Candidate], skipped: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) row, position whose logits are wanted (counted from what is skipped of the row), and target."""
-    rows = [r for r, c in enumerate(candidates) for _ in range(c.start, c.end)]
-    positions = [
-        i - 1 - skip for c, skip in zip(candidates, skipped, strict=True) for i in range(c.start, c.end)
-    ]
-    targets = [token for c in candidates for token in c.tokens[c.start : c.end]]
-    return torch.tensor(rows), torch.tensor(positions), torch.tensor(targets)
-
-
-def _spans(logits: Tensor, rows: Tensor, targets: Tensor, count: int) -> list[Span]:
-    """(N, V) logits -> one span for each of `count` rows."""
-    targets = targets.to(logits.device)
-    nll = nn.functional.cross_entropy(logits, targets, reduction="none").double().cpu()
-    missed = (logits.argmax(-1) != targets).double().cpu()
-    totals = torch.zeros(3, count, dtype=torch.float64)
-    for total, values in zip(totals, (nll, missed, torch.ones_like(nll)), strict=True):
-        total.index_add_(0, rows, values)
-    return [Span(loss / n, miss == 0) for loss, miss, n in totals.t().tolist()]
-
-
-def _any(model: nn.Module, groups: Sequence[Sequence[Candidate]], device: torch.device | str) -> list[Span]:
-    flat = [candidate for group in groups for candidate in group]
-    rows, positions, targets = _scored(flat, [0] * len(flat))
-    out = model(_padded([candidate.tokens for candidate in flat], device))
-    logits: Tensor = getattr(out, "logits", out)  # transformers wraps them
-    return _spans(logits[rows.to(device), positions.to(device)].float(), rows, targets, len(flat))
-
-
-def _ours(model: GPT, groups: Sequence[Sequence[Candidate]], device: torch.device | str) -> list[Span]:
-    flat = [candidate for group in groups for candidate in group]
-    shared = [_shared(group) for group in groups]
-    if min(shared) >= WORTH_SHARING:
-        skipped = [skip for group, skip in zip(groups, shared, strict=True) for _ in group]
-        tails = [candidate.tokens[skip:] for candidate, skip in zip(flat, skipped, strict=True)]
-        capacity = max(shared) + max(map(len, tails))
-        cache = KVCache(model.config, len(flat), capacity, device=device, dtype=model.compute_dtype)
-        sizes = torch.tensor([len(group) for group in groups], device=device)
-        firsts = sizes.cumsum(0) - sizes
-        heads = [group[0].tokens[:skip] for group, skip in zip(groups, shared, strict=True)]
-        model.hidden(_padded(heads, device), cache.select(firsts), torch.tensor(shared, device=device))
-        source = firsts.repeat_interleave(
-            sizes
-        )  # every candidate takes over what its example's first has read
-        cache.k[..., : cache.high, :] = cache.k[:, source, :, : cache.high]
-        cache.v[..., : cache.high, :] = cache.v[:, source, :, : cache.high]
-        cache.length.copy_(cache.length[source])
-        cache.previous.copy_(cache.previous[source])
-        x = model.hidden(_padded(tails, device), cache)
-    else:
-        skipped = [0] * len(flat)
-        x = model.hidden(_padded([candidate.tokens for candidate in flat], device))
-    rows, positions, targets = _scored(flat, skipped)
-    logits = model.lm_head(x[rows.to(device), positions.to(device)])[..., : model.config.vocab_size].float()
-    return _spans(SOFTCAP * torch.tanh(logits / SOFTCAP), rows, targets, len(flat))
-
-
-def _shared(group: Sequence[Candidate]) -> int:
-    """How many tokens of its candidates an example reads only once: their common beginning, without the last
-    token before a scored one, whose logits are wanted of each.
-    """
-    alike = common_prefix([candidate.tokens for candidate in group]) if len(group) > 1 else 0
-    return min(alike, *(candidate.start - 1 for candidate in group))
-
-
 # -------------------------------------------------------------------------------------------------- a verdict
 
 
 def evaluate(
-    model: nn.Module,
-    tokenizer: Tokenizer,
+    model: GPT | Logits,
+    tokenizer: Tokens,
     task: IclTask,
     examples: Sequence[Example],
     *,
     context: int | None,
     device: torch.device | str = "cpu",
     batch_tokens: int = BATCH_TOKENS,
+    rank: int = 0,
+    size: int = 1,
 ) -> list[Outcome]:
-    """Answer every example of a task."""
-    texts = [prompts(task, example, shown(task, examples, i)) for i, example in enumerate(examples)]
+    """Answer every example of a task, or every `size`-th from `rank` on."""
+    mine = range(rank, len(examples), size)
+    texts = [prompts(task, examples[i], shown(task, examples, i)) for i in mine]
     encoded = iter(tokenizer.encode_batch([text for group in texts for text in group]))
     made = [
         candidates(task.kind, [[tokenizer.bos, *next(encoded)] for _ in group], context) for group in texts
     ]
     spans = score(model, made, device=device, batch_tokens=batch_tokens)
     outcomes = []
-    for i, (example, mine) in enumerate(zip(examples, spans, strict=True)):
-        losses = [round(span.loss, 6) for span in mine]
+    for i, found in zip(mine, spans, strict=True):
+        losses = [round(span.loss, 6) for span in found]
         if task.kind == "language_modeling":
-            outcomes.append(Outcome(i, mine[0].exact, losses, None))
+            outcomes.append(Outcome(i, found[0].exact, losses, None))
         else:
-            chosen = min(range(len(mine)), key=lambda j: mine[j].loss)
-            outcomes.append(Outcome(i, chosen == example["gold"], losses, chosen))
+            chosen = min(range(len(found)), key=lambda j: found[j].loss)
+            outcomes.append(Outcome(i, chosen == examples[i]["gold"], losses, chosen))
     return outcomes
+
+
+def answered(
+    model: GPT | Logits,
+    tokenizer: Tokens,
+    tasks: Sequence[IclTask],
+    directory: Path,
+    world: World,
+    *,
+    limit: int | None = None,
+    context: int | None,
+) -> Iterator[list[Outcome]]:
+    """The outcomes of each task in turn, as they come; on other ranks than the first they may be missing.
+
+    The examples are shared out over the ranks. A task's answers are written to `directory` once all are
+    there, and read from there the next time: a killed evaluation goes on with the task it was at.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        done = directory / f"{task.label}.jsonl"
+        if world.any(world.is_first and done.is_file()):
+            lines = done.read_text().splitlines() if world.is_first else []
+            yield [Outcome(**json.loads(line)) for line in lines]
+            continue
+        share = evaluate(
+            model,
+            tokenizer,
+            task,
+            read_examples(task, limit),
+            context=context,
+            device=world.device,
+            rank=world.rank,
+            size=world.size,
+        )
+        outcomes = sorted(world.gather(share))
+        if world.is_first:
+            store.write_whole(done, "".join(json.dumps(one._asdict()) + "\n" for one in outcomes))
+        yield outcomes
 
 
 def summarize(task: IclTask, outcomes: Sequence[Outcome]) -> Score:

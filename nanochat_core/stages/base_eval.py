@@ -11,8 +11,6 @@ class Config(Recipe):
 
 def run(cfg: Config, job: Job) -> Metrics:
     """Evaluate each task, keep its answers, and add up what they come to."""
-    import json
-
     from nanochat_core.eval import core
     from nanochat_core.stages.assets import BUNDLE
     from nanochat_core.store import write_whole
@@ -29,24 +27,19 @@ def run(cfg: Config, job: Job) -> Metrics:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])
         model = trained_model(job.inputs["model"], tokenizer).to(world.device)
         model.compute_dtype = world.dtype
-        for i, task in enumerate(tasks):
-            done = partial / f"{task.label}.jsonl"
-            if done.is_file():
-                outcomes = [core.Outcome(**json.loads(line)) for line in done.read_text().splitlines()]
-            else:
-                outcomes = core.evaluate(
-                    model,
-                    tokenizer,
-                    task,
-                    core.read_examples(task, cfg.max_per_task),
-                    context=model.config.sequence_len,
-                    device=world.device,
-                )
-                write_whole(done, "".join(json.dumps(outcome._asdict()) + "\n" for outcome in outcomes))
-            write_whole(answers / done.name, done.read_bytes())
+        context = model.config.sequence_len
+        found = core.answered(
+            model, tokenizer, tasks, partial, world, limit=cfg.max_per_task, context=context
+        )
+        for i, (task, outcomes) in enumerate(zip(tasks, found, strict=True)):
+            if not world.is_first:
+                continue
+            write_whole(answers / f"{task.label}.jsonl", (partial / f"{task.label}.jsonl").read_bytes())
             scores.append(core.summarize(task, outcomes))
             job.record(step=i + 1, steps=len(tasks), **{f"core/{task.label}": scores[-1].centered})
             print(f"{task.label}: {scores[-1].accuracy:.4f}, centered {scores[-1].centered:.4f}", flush=True)
+        if not world.is_first:
+            return {}
     write_whole(job.path / "core.csv", core.as_csv(scores))
     metrics: Metrics = {"core": core.core_metric(scores)}
     for score in scores:

@@ -31,8 +31,9 @@ def stream(tokenizer: Tokenizer, talks: list[Conversation] = TALKS, **options: A
     return packed_conversations(talks, tokenizer, **settings)
 
 
-def test_an_epoch_teaches_every_answer_once(tokenizer: Tokenizer) -> None:
-    learned = [int(t) for b in stream(tokenizer, epochs=1) for t in b.targets.flatten() if t >= 0]
+@pytest.mark.parametrize("rows", [1, 2, 7, 500])
+def test_an_epoch_teaches_every_answer_once(tokenizer: Tokenizer, rows: int) -> None:
+    learned = [int(t) for b in stream(tokenizer, epochs=1, rows=rows) for t in b.targets.flatten() if t >= 0]
     wanted = []
     for conversation in TALKS:
         ids, mask = render_conversation(tokenizer, conversation)
@@ -45,6 +46,40 @@ def test_questions_are_read_but_not_learned(tokenizer: Tokenizer) -> None:
     text = tokenizer.decode([t for t in batch.targets[0].tolist() if t >= 0])
     assert "it is" in text and "what" not in text
     assert batch.count == float((batch.targets >= 0).sum()) == float(batch.weights.sum())
+
+
+def test_all_can_be_learned_as_it_was_in_2025(tokenizer: Tokenizer) -> None:
+    calls: Conversation = {
+        "messages": [
+            {"role": "user", "content": "what is 2"},
+            {"role": "assistant", "content": [
+                {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "222"}]},
+        ]
+    }  # fmt: skip
+    ids = render_conversation(tokenizer, calls).ids
+    learned = {
+        loss_on: [t for t in next(stream(tokenizer, [calls], loss_on=loss_on)).targets[0].tolist() if t >= 0]
+        for loss_on in ("assistant", "all")
+    }
+    assert learned["all"][: len(ids) - 1] == ids[1:]  # questions and tool output too
+    text = tokenizer.decode(learned["assistant"])
+    assert "1+1" in text and "222" not in text and "what" not in text
+
+
+def test_overlong_conversations_end_with_a_whole_turn(tokenizer: Tokenizer) -> None:
+    turns = talk("what is it", "it is paris")["messages"] * 30
+    batch = next(stream(tokenizer, [{"messages": turns}], T=120, rows=1))
+    ends = (batch.targets[0] == tokenizer.special("<|assistant_end|>")).nonzero().flatten().tolist()
+    assert len(ends) > 2 and (batch.targets[0, ends[-1] + 1 :] == -1).all()
+    whole = len(render_conversation(tokenizer, talk("what is it", "it is paris")).ids) - 1
+    assert ends[-1] + 1 > 120 - whole  # not one turn fewer than fit
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_no_batch_is_all_masked(tokenizer: Tokenizer, loss_on: str) -> None:
+    mean = [talk("what " * 90, "it is"), talk("what " * 17, "paris"), {"messages": TALKS[0]["messages"][:1]}]
+    batches = [*stream(tokenizer, [*mean, *TALKS, *mean], epochs=3, rows=1, loss_on=loss_on)]
+    assert len(batches) > 5 and all(batch.count > 0 for batch in batches)
 
 
 def test_targets_are_what_follows_in_the_row(tokenizer: Tokenizer) -> None:

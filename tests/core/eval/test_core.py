@@ -8,13 +8,19 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from nanochat_core.eval import core
-from nanochat_core.eval.core import Candidate, IclTask, Kind
+from nanochat_core.eval import core, spans
+from nanochat_core.eval.core import IclTask, Kind
+from nanochat_core.eval.spans import Candidate
 from nanochat_core.model.gpt import GPT
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.tokenizer.bpe import Tokenizer, train
+from nanochat_core.train.ranks import World
+
+WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +36,25 @@ class Habits(nn.Module):
         self.follows = {tokenizer.encode(a)[0]: tokenizer.encode(b)[0] for a, b in follows.items()}
         self.vocab_size = tokenizer.vocab_size
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         p = torch.full((*idx.shape, self.vocab_size), 0.1 / (self.vocab_size - 1))
         for token, after in self.follows.items():
             p[idx == token, after] = 0.9
-        return p.log()
+        return p.log()[rows, positions]
+
+
+class Whole(nn.Module):
+    """A model of ours as any other: all of every sequence, nothing shared."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        return self.model(idx)[rows, positions]  # type: ignore[no-any-return]
+
+
+KINDS: tuple[Kind, ...] = ("multiple_choice", "schema", "language_modeling")
 
 
 def task(kind: Kind, path: Path = Path(), shots: int = 0, baseline: float = 0.25) -> IclTask:
@@ -83,6 +103,117 @@ def test_language_modelling_wants_every_token_to_be_the_first_choice(tokenizer: 
     score = core.summarize(task("language_modeling", baseline=0.5), outcomes)
     assert score.accuracy == pytest.approx(2 / 3)
     assert score.centered == pytest.approx(1 / 3)
+
+
+def test_a_bundle_of_the_three_kinds_comes_to_what_was_worked_out_on_paper(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """The model expects b after a and a space after b; after a space it has no opinion. One shot each."""
+    habits = Habits(tokenizer, {"a": "b", "b": " ", "c": "d"})
+    examples: dict[Kind, list[dict[str, Any]]] = {
+        # "ab": flat + likely; "ba": flat + rare; "cd" is as likely as "ab", and the first of equals is taken
+        "multiple_choice": [
+            {"query": "e", "choices": ["ba", "ab"], "gold": 1},
+            {"query": "e", "choices": ["ab", "ba"], "gold": 1},
+            {"query": "f", "choices": ["ab", "cd"], "gold": 0},
+            {"query": "f", "choices": ["ab", "cd"], "gold": 1},
+        ],
+        # of the common end " h" the space is likely after b only
+        "schema": [
+            {"context_options": ["ab", "aa"], "continuation": "h", "gold": 0},
+            {"context_options": ["aa", "ab"], "continuation": "h", "gold": 1},
+            {"context_options": ["ab", "aa"], "continuation": "h", "gold": 1},
+        ],
+        # "ga": what follows is "b", likely; "gb" continued by "b" is not
+        "language_modeling": [
+            {"context": "ga", "continuation": "b"},
+            {"context": "gb", "continuation": "b"},
+        ],
+    }
+    (tmp_path / "eval_data").mkdir()
+    entries, chances = [], ["Eval Task,Random baseline"]
+    for kind, baseline in zip(KINDS, (25, 50, 0), strict=True):
+        entries.append(
+            {"label": kind, "dataset_uri": f"{kind}.jsonl", "num_fewshot": [1], "icl_task_type": kind}
+            | {"continuation_delimiter": "" if kind == "language_modeling" else " "}
+        )
+        chances.append(f"{kind},{baseline}")
+        lines = "".join(json.dumps(example) + "\n" for example in examples[kind])
+        (tmp_path / "eval_data" / f"{kind}.jsonl").write_text(lines)
+    (tmp_path / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))
+    (tmp_path / "eval_meta_data.csv").write_text("\n".join(chances) + "\n")
+
+    tasks = core.read_bundle(tmp_path)
+    found = core.answered(habits, tokenizer, tasks, tmp_path, WORLD, context=None)
+    scores = [core.summarize(one, outcomes) for one, outcomes in zip(tasks, found, strict=True)]
+    assert [score.accuracy for score in scores] == pytest.approx([1 / 2, 2 / 3, 1 / 2])
+    by_hand = [(1 / 2 - 1 / 4) / (3 / 4), (2 / 3 - 1 / 2) / (1 / 2), 1 / 2]
+    assert [score.centered for score in scores] == pytest.approx(by_hand)
+    assert core.core_metric(scores) == pytest.approx((1 / 3 + 1 / 3 + 1 / 2) / 3)
+    lines = (tmp_path / "schema.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["correct"] for line in lines) == [False, True, True]
+
+
+def test_a_killed_evaluation_goes_on_with_the_task_it_was_at(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tasks = made_bundle(tmp_path / "bundle", 9)
+    calls: list[int] = []
+
+    class Cut(Habits):
+        def forward(self, *args: Tensor) -> Tensor:
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return super().forward(*args)
+
+    straight = list(
+        core.answered(Habits(tokenizer, {}), tokenizer, tasks, tmp_path / "x", WORLD, context=None)
+    )
+    model = Cut(tokenizer, {})
+    with pytest.raises(KeyboardInterrupt):
+        list(core.answered(model, tokenizer, tasks, tmp_path / "y", WORLD, context=None))
+    assert [path.name for path in (tmp_path / "y").iterdir()] == ["multiple_choice.jsonl"]
+    assert list(core.answered(model, tokenizer, tasks, tmp_path / "y", WORLD, context=None)) == straight
+    assert len(calls) == 4  # one for the first task, one cut short, and two: the first is not asked again
+
+
+def made_bundle(directory: Path, count: int) -> list[IclTask]:
+    """Random examples of each kind as a bundle."""
+    (directory / "eval_data").mkdir(parents=True)
+    tasks = []
+    for kind in KINDS:
+        path = directory / "eval_data" / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps(example) + "\n" for example in random_examples(kind, count)))
+        tasks.append(IclTask(kind, kind, path, 2, " ", 0.25))
+    return tasks
+
+
+def on_one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    world = World(rank, 2, torch.device("cpu"), torch.float32)
+    tokenizer = train(["abcdefgh"], 265)
+    tasks = made_bundle(Path(folder) / f"bundle-{rank}", 31)
+    model = random_model(tokenizer, "modern")
+    for _ in range(2):  # the second time everything is there already
+        found = list(core.answered(model, tokenizer, tasks, Path(folder), world, context=96))
+    assert all(found) == (rank == 0)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_answers_of_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    mp.spawn(on_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    tasks = made_bundle(tmp_path / "again", 31)
+    model = random_model(tokenizer, "modern")
+    for one, alone in zip(
+        tasks, core.answered(model, tokenizer, tasks, tmp_path / "one", WORLD, context=96), strict=True
+    ):
+        lines = (tmp_path / f"{one.label}.jsonl").read_text().splitlines()
+        together = [core.Outcome(**json.loads(line)) for line in lines]
+        assert [(o.example, o.correct, o.chosen) for o in together] == [
+            (o.example, o.correct, o.chosen) for o in alone
+        ]
+        assert [o.losses for o in together] == [pytest.approx(o.losses, abs=1e-4) for o in alone]
 
 
 def test_few_shot_examples_are_drawn_as_upstream_draws_them() -> None:
@@ -156,18 +287,22 @@ def random_model(tokenizer: Tokenizer, arch: Literal["seed", "modern"]) -> GPT:
     return model
 
 
-@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
-@pytest.mark.parametrize("arch", ["seed", "modern"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("arch", "count"), [("seed", 167), ("modern", 40)])  # 501 of three kinds, and 120
 def test_batched_answers_equal_those_one_at_a_time(
-    tokenizer: Tokenizer, kind: Kind, arch: Literal["seed", "modern"], monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer,
+    kind: Kind,
+    arch: Literal["seed", "modern"],
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = random_model(tokenizer, arch)
-    examples = random_examples(kind, 84)
+    examples = random_examples(kind, count)
     options: dict[str, Any] = {"context": 96}
     made = task(kind, shots=2)
     together = core.evaluate(model, tokenizer, made, examples, **options)
-    any_model = core.evaluate(nn.Sequential(model), tokenizer, made, examples, **options)
-    monkeypatch.setattr(core, "WORTH_SHARING", 1_000)
+    any_model = core.evaluate(Whole(model), tokenizer, made, examples, **options)
+    monkeypatch.setattr(spans, "WORTH_SHARING", 1_000)
     alone = core.evaluate(model, tokenizer, made, examples, batch_tokens=1, **options)
     for other in (any_model, alone):
         assert [(o.correct, o.chosen) for o in together] == [(o.correct, o.chosen) for o in other]
@@ -179,10 +314,10 @@ def test_what_candidates_have_in_common_is_read_once(tokenizer: Tokenizer) -> No
     read: list[int] = []
     model.wte.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
     group = [Candidate([1, *range(2, 42), last, 7], 41, 43) for last in (50, 51, 52, 53)]
-    plain = core.score(nn.Sequential(model), [group], device="cpu")
+    plain = spans.score(Whole(model), [group], device="cpu")
     assert sum(read) == 4 * 43
     read.clear()
-    ours = core.score(model, [group], device="cpu")
+    ours = spans.score(model, [group], device="cpu")
     assert sum(read) == 40 + 4 * 3  # 40 of the 41 common tokens, then the last of them and what follows
     assert [span.loss for span in ours[0]] == pytest.approx([span.loss for span in plain[0]], abs=1e-5)
 
@@ -215,6 +350,12 @@ def test_a_broken_bundle_names_the_file_and_what_was_expected(tmp_path: Path) ->
     write_bundle(tmp_path, [{"query": "q", "choices": "a", "gold": 0}])
     (found,) = core.read_bundle(tmp_path)
     with pytest.raises(ValueError, match=r"t\.jsonl, line 1: expected 'choices' as list"):
+        core.read_examples(found)
+    found.path.write_text(json.dumps({"query": "q", "choices": ["a", "b"], "gold": 2}))
+    with pytest.raises(ValueError, match="line 1: gold is 2, but there are 2 options"):
+        core.read_examples(found)
+    found.path.write_bytes('{"query": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="line 1: not UTF-8"):
         core.read_examples(found)
     found.path.write_text("")
     with pytest.raises(ValueError, match=r"t\.jsonl is empty"):
