@@ -30,6 +30,7 @@ from machine import Machine, Postgres, until
 
 from nanochat_core import plan as plans
 from nanochat_core import store
+from nanochat_core.launch import result_of
 
 TRAINED = ("pretrain", "mid", "sft", "rl")
 DAMAGES = ("artefact deleted", "artefact truncated", "one bit flipped")
@@ -56,6 +57,7 @@ class Made:
 class Drill:
     machine: Machine
     postgres: Postgres | None
+    plan: plans.Plan
     reference: dict[str, Any]
     away: float
     clock: Path  # what libfaketime reads
@@ -169,10 +171,11 @@ class Drill:
         return str(shared)
 
     def second_run(self, rng: random.Random) -> str:
+        last = list(self.plan.jobs)[-1]
         if rng.random() < 0.5:
-            self.others.append(self.machine.start())
+            self.others.append(self.machine.start(until=last))
             return "through the API"
-        self.by_hand.append(self.machine.command("run", "tiny"))
+        self.by_hand.append(self.machine.command("run", "tiny", "--until", last))
         return "by hand"
 
     def set_clock_back(self, rng: random.Random) -> str:
@@ -240,15 +243,14 @@ INTERRUPTING = {
 }
 
 
-def outcome(base: Path) -> dict[str, Any]:
+def outcome(plan: plans.Plan) -> dict[str, Any]:
     """What must not depend on what happened on the way: all weights, and every number of the report."""
-    jobs = plans.load("tiny", base_dir=base).jobs
     weights = {
-        stage: hashlib.sha256((jobs[stage].path / "model.safetensors").read_bytes()).hexdigest()
+        stage: hashlib.sha256((plan.jobs[stage].path / "model.safetensors").read_bytes()).hexdigest()
         for stage in TRAINED
+        if stage in plan.jobs
     }
-    result = store.verify(jobs["report"].path, base, hashes=True)
-    return {"weights": weights, "report": result["metrics"] if result else None}
+    return {"weights": weights, "report": result_of(list(plan.jobs.values())[-1].path)}
 
 
 def ran_twice(base: Path, allowed: set[str]) -> list[str]:
@@ -283,17 +285,18 @@ def wrong(drill: Drill) -> str | None:
         return f"{machine.unfinished()} slots are still taken"
     if (doubled := ran_twice(machine.base, drill.damaged)) != []:
         return f"ran twice: {doubled}"
-    for name, job in plans.load("tiny", base_dir=machine.base).jobs.items():
+    for name, job in drill.plan.jobs.items():
         try:
             store.verify(job.path, machine.base, hashes=True)
         except store.Damaged as damage:
             return f"{name} is left damaged: {damage}"
     try:
-        found = outcome(machine.base)
+        found = outcome(drill.plan)
     except (OSError, ValueError) as error:
         return f"its outcome is incomplete: {error}"
     if found != drill.reference:
-        others = [stage for stage in TRAINED if found["weights"][stage] != drill.reference["weights"][stage]]
+        before, after = drill.reference["weights"], found["weights"]
+        others = [stage for stage in before if before[stage] != after[stage]]
         return f"it came out different: {others or 'the report'}"
     return None
 
@@ -306,12 +309,12 @@ def one_run(drill: Drill, number: int, kinds: list[str], rng: random.Random) -> 
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     drill.clock.write_text("+0\n")
     drill.others, drill.by_hand, drill.damaged = [], [], set()
-    rows = list(plans.load("tiny", base_dir=machine.base).jobs)
+    rows = list(drill.plan.jobs)
     moments = sorted(
         ((rng.randrange(2 if kind in DAMAGES else 0, len(rows)), rng.uniform(0, DELAY_SECONDS)), kind)
         for kind in kinds
     )
-    drill.run = machine.start()
+    drill.run = machine.start(until=rows[-1])
     made: list[Made] = []
     begun, deadline = "", time.monotonic() + RUN_SECONDS
     for (row, delay), kind in moments:
@@ -358,9 +361,10 @@ def computer(args: argparse.Namespace) -> Iterator[Drill]:
         print("left out: disk full (a small disk cannot be mounted here)", flush=True)
     try:
         begin = time.monotonic()
-        machine.nanochat("run", "tiny")
+        machine.nanochat("run", "tiny", "--until", args.until)
         print(f"the undisturbed run took {time.monotonic() - begin:.0f} s", flush=True)
-        yield Drill(machine, postgres, outcome(machine.base), args.away, clock)
+        plan = plans.load("tiny", base_dir=machine.base, until=args.until)
+        yield Drill(machine, postgres, plan, outcome(plan), args.away, clock)
     finally:
         machine.kill(number=18)
         machine.power_cut()
@@ -398,7 +402,8 @@ def drill_until(drill: Drill, args: argparse.Namespace) -> tuple[list[Made], dic
     lost: dict[int, str] = {}
     deck = decks(random.Random(args.seed))
     number, up = 0, False
-    while len(made) < args.faults:
+    end = time.monotonic() + 60 * args.minutes
+    while len(made) < args.faults and time.monotonic() < end:
         rng = random.Random(f"{args.seed}-{number}")
         clock = faketime is not None and number % CLOCK_EVERY == min(1, CLOCK_EVERY - 1)
         kinds = [next(deck) for _ in range(min(args.per_run, args.faults - len(made)))]
@@ -440,6 +445,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--per-run", type=int, default=6, help="faults that one run suffers")
     parser.add_argument("--away", type=float, default=20.0, help="seconds that the server is away or hangs")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no further run after that")
+    parser.add_argument("--until", metavar="STAGE", default="report", help="how far each run goes")
     parser.add_argument("--only", metavar="KIND", nargs="+", help="only faults whose name contains this")
     parser.add_argument("--postgres", action="store_true", help="a PostgreSQL instead of SQLite")
     parser.add_argument("--stop", action="store_true", help="end at the first lost run")

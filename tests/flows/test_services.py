@@ -1,5 +1,6 @@
 """`nanochat up`, a deployment's run and a power cut: all killed at once, started again, with nobody there."""
 
+import base64
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import psutil
@@ -22,7 +24,8 @@ SLOW_ENOUGH = "pretrain.steps=600"
 class Machine:
     """A computer of its own: a base directory, a Prefect home, a port."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, password: str | None = None) -> None:
+        self.password = password
         self.base = root / "base"
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -32,7 +35,8 @@ class Machine:
             "NANOCHAT_BASE_DIR": str(self.base),
             "PREFECT_HOME": str(root / "prefect"),
             "PREFECT_API_URL": "",
-        }
+            "OMP_NUM_THREADS": "1",
+        } | ({"PREFECT_SERVER_API_AUTH_STRING": password} if password else {})
 
     def nanochat(self, *words: str) -> str:
         command = [sys.executable, "-m", "flows.cli", *words]
@@ -58,18 +62,28 @@ class Machine:
 
     def ask(self, path: str, content: Any = None) -> Any:
         body = None if content is None else json.dumps(content).encode()
-        with urlopen(
-            Request(f"{self.api}/{path}", body, {"content-type": "application/json"}), timeout=20
-        ) as answer:
-            return json.load(answer)
+        headers = {"content-type": "application/json"}
+        if self.password:
+            headers["authorization"] = f"Basic {base64.b64encode(self.password.encode()).decode()}"
+        for _ in range(20):
+            try:
+                with urlopen(Request(f"{self.api}/{path}", body, headers), timeout=20) as answer:
+                    return json.load(answer)
+            except HTTPError as busy:  # SQLite has one writer
+                if busy.code != 503:
+                    raise
+                time.sleep(0.5)
+        raise AssertionError(f"the server is busy for ever: {path}")
 
-    def start(self, *overrides: str) -> str:
+    def start(self, *overrides: str, until: str | None = None) -> str:
         deployment = self.ask("deployments/name/speedrun/tiny")["id"]
-        return str(
-            self.ask(
-                f"deployments/{deployment}/create_flow_run", {"parameters": {"overrides": list(overrides)}}
-            )["id"]
-        )
+        parameters = {"overrides": list(overrides), "until": until}
+        run = self.ask(f"deployments/{deployment}/create_flow_run", {"parameters": parameters})
+        return str(run["id"])
+
+    def find(self, mark: str) -> list[psutil.Process]:
+        """Its processes with these words in their command lines."""
+        return [process for process in self.processes() if mark in " ".join(process.cmdline())]
 
     def state(self, run: str) -> str:
         return str(self.ask(f"flow_runs/{run}")["state"]["name"])
@@ -91,8 +105,9 @@ def until(condition: Callable[[], object], seconds: float) -> None:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    found = Machine(tmp_path)
+def machine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """`request.param` is the password of its server."""
+    found = Machine(tmp_path, getattr(request, "param", None))
     yield found
     for process in found.processes():
         process.kill()
@@ -125,5 +140,51 @@ def test_a_run_survives_a_power_cut_and_a_restart_of_the_services_with_nobody_in
     others = [path for path in machine.base.glob("*/*/attempts.jsonl") if path != attempts]
     assert all(path.read_text().count('"started"') == 1 for path in others)  # nothing finished ran twice
     assert machine.ask("work_pools/nanochat")["status"] == "READY"
+    machine.nanochat("down")
+    until(lambda: machine.processes() == [], 30)
+
+
+@pytest.mark.parametrize("machine", ["admin:secret"], indirect=True)
+def test_a_server_with_a_password_is_used_by_all_that_is_ours_and_by_nobody_else(machine: Machine) -> None:
+    machine.up()
+    with pytest.raises(HTTPError, match="401"), urlopen(f"{machine.api}/admin/version", timeout=20):
+        pass
+    run = machine.start(until="shards_head")
+    until(lambda: machine.state(run) in ("Completed", "Failed", "Crashed"), 120)
+    assert machine.state(run) == "Completed"  # the worker and the flow's process know it
+    artifacts = machine.ask("artifacts/filter", {})
+    assert {"assets-progress", "shards-head-progress"} & {
+        found["key"] for found in artifacts
+    }  # so does watch
+    log = machine.base / "prefect" / "services" / "recovery.log"
+    assert "401" not in log.read_text() and "not now" not in log.read_text()
+    waiting = machine.start(until="shards_head")
+    assert waiting and "in Prefect: " in machine.nanochat("status", "tiny")
+    machine.env["PREFECT_API_URL"] = machine.api
+    machine.nanochat("run", "tiny", "--until", "tokenizer")  # and the command
+    until(lambda: machine.state(waiting) == "Completed", 120)
+
+
+def test_training_goes_on_while_the_server_is_away_and_a_killed_supervisor_leaves_nothing_double(
+    machine: Machine,
+) -> None:
+    machine.up()
+    run = machine.start("pretrain.steps=800", until="pretrain")
+    until(lambda: machine.step() >= 20, 120)
+    (supervisor,) = machine.find("flows.services")
+    supervisor.kill()
+    for process in machine.find("prefect server start"):
+        process.kill()
+    at = machine.step()
+    until(lambda: machine.step() > at + 40, 120)  # nobody answers, and nobody starts the server again
+    assert not machine.find("prefect server start")
+    machine.up()
+    assert (
+        len(machine.find("worker start")) == len(machine.find("flows.recovery")) == 1
+    )  # those that lived on
+    until(lambda: machine.state(run) in ("Completed", "Failed", "Crashed"), 300)
+    assert machine.state(run) == "Completed"
+    (attempts,) = machine.base.glob("pretrain/*/attempts.jsonl")
+    assert attempts.read_text().count('"started"') == 1  # it never noticed
     machine.nanochat("down")
     until(lambda: machine.processes() == [], 30)
