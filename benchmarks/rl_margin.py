@@ -4,7 +4,7 @@
 
 Each run is examined before and after on the same held-out problems with the same random numbers, so the gain
 is a mean of differences, problem by problem, and its standard error is theirs. The seeds differ in the order
-of questions and in every sampled answer. What is finished is kept and not run again, as `nanochat run` has it.
+of questions and in every sampled answer. What is finished is not run again, as `nanochat run` has it.
 """
 
 import argparse
