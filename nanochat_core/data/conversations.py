@@ -74,6 +74,7 @@ def packed_conversations(
     while True:
         inputs = torch.full((rows, T), tokenizer.bos, dtype=torch.long)
         targets = torch.full((rows, T), -1, dtype=torch.long)
+        filled = 0
         for r in range(rows):
             at = 0
             while at <= T:
@@ -97,7 +98,10 @@ def packed_conversations(
                 targets[r, at : at + item.length - 1] = learned
                 at += item.length
             if at == 0:
-                return  # the last epoch's end
+                break  # the last epoch's end
+            filled += 1
+        if not filled:
+            return
         active = (targets >= 0).float()
         yield Batch(inputs, targets, active, float(active.sum()), Cursor(following, tuple(buffer)))
 

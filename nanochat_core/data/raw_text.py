@@ -71,7 +71,7 @@ def read_documents(name: str, column: str = "text") -> Iterator[str]:
                 yield from pieces_of(lines) if suffix == ".txt" else _jsonl(name, lines, column)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name}, line {_line_of(name)}, is not UTF-8 ({error.reason}): convert the file first"
+            f"{name}, line {not_utf8(name)}, is not UTF-8 ({error.reason}): convert the file first"
         ) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # a packed file that is cut short, too
         raise ValueError(f"{name} cannot be read: {error}") from None
@@ -118,8 +118,8 @@ def _jsonl(name: str, lines: IO[str], column: str) -> Iterator[str]:
             yield row[column]
 
 
-def _line_of(name: str) -> int:
-    """The first line that is not UTF-8."""
+def not_utf8(name: str) -> int | None:
+    """The first line that is not UTF-8, if there is one."""
     import fsspec
 
     with fsspec.open(name, "rb", compression="infer") as lines:
@@ -128,7 +128,7 @@ def _line_of(name: str) -> int:
                 line.decode()
             except UnicodeDecodeError:
                 return number
-    return 0
+    return None
 
 
 def pieces(text: str, limit: int = DOCUMENT) -> Iterator[str]:

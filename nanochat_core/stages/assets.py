@@ -5,13 +5,17 @@ Everything is here, whole and checked, before any training begins.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat_core.stage import Job, Metrics, Recipe
+
+if TYPE_CHECKING:
+    from nanochat_core.data.tasks import Split
 
 BUNDLE = "eval_bundle"
 IDENTITY = "identity_conversations.jsonl"
 WORDS = "words_alpha.txt"
+CHECKED_ROWS = 5000  # of each task, evenly spaced
 HUB_BYTES = 3e9  # CORE's bundle with its zip, SmolTalk as Arrow, the small ones: rounded up
 
 
@@ -28,6 +32,7 @@ class Config(Recipe):
         "humaneval",
         "smoltalk",
     )  # of the hub
+    identity: str | None = None  # a jsonl file of your own conversations about who the model is
     task_folder: str | None = None  # TASK/SPLIT.parquet or .jsonl of your own instead of the hub's
     sha256: dict[str, str] = {}  # noqa: RUF012  # by file name, to pin what is fetched
 
@@ -41,6 +46,8 @@ def run(cfg: Config, job: Job) -> Metrics:
         _embedded(job.path)
     else:
         _hub(cfg, job)
+    if cfg.identity is not None:
+        _identity(cfg.identity, job)
     if cfg.source == "hub" or cfg.task_folder is not None:
         _tasks(cfg, job)
     return check(job.path)
@@ -68,13 +75,28 @@ def _hub(cfg: Config, job: Job) -> None:
 
     root = job.runtime.base_dir / "downloads" / "assets"
     names = {f"{BUNDLE}.zip": cfg.bundle_url, IDENTITY: cfg.identity_url, WORDS: cfg.words_url}
+    if cfg.identity is not None:
+        del names[IDENTITY]
     remotes = [Remote(url, root / name, sha256=cfg.sha256.get(name)) for name, url in names.items()]
     with locked(root.with_name("assets.lock")):
         fetch(remotes, offline=offline(), progress=lambda done, wanted: job.record(step=done, steps=wanted))
     unzip(root / f"{BUNDLE}.zip", job.path)
-    for name in (IDENTITY, WORDS):
+    for name in names.keys() & {IDENTITY, WORDS}:
         shutil.copyfile(root / name, job.path / f"{name}.part")
         (job.path / f"{name}.part").replace(job.path / name)
+
+
+def _identity(name: str, job: Job) -> None:
+    """Keep a copy of the user's conversations: what is trained on stays as it was when it was checked."""
+    from nanochat_core.data.tasks import identity
+    from nanochat_core.store import write_whole
+
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"assets.identity: there is no file {path}; `nanochat identity {path}` makes one")
+    job.made_from(path)
+    identity.read(path)
+    write_whole(job.path / IDENTITY, path.read_bytes())
 
 
 def _tasks(cfg: Config, job: Job) -> None:
@@ -84,6 +106,8 @@ def _tasks(cfg: Config, job: Job) -> None:
     if "humaneval" in cfg.tasks:
         humaneval.check_sandbox()
     folder = None if cfg.task_folder is None else Path(cfg.task_folder).expanduser()
+    if folder is not None:
+        job.made_from(folder, (".parquet", ".jsonl"))
     for name in cfg.tasks:
         if name not in tables.SOURCES:
             raise ValueError(f"assets.tasks: {name!r} is not one of {', '.join(tables.SOURCES)}")
@@ -92,15 +116,36 @@ def _tasks(cfg: Config, job: Job) -> None:
         path = job.path / tables.FOLDER / name / f"{split}.arrow"
         if not path.is_file():
             count = tables.bring(name, split, path, folder, offline=offline())
+            _check_rows(name, split, job.path, "" if folder is None else f"{folder}/")
             print(f"{name} ({split}): {count} rows", flush=True)
         job.record(step=i + 1, steps=len(wanted))
 
 
+def _check_rows(name: str, split: "Split", assets: Path, folder: str) -> None:
+    """Make conversations of a few thousand rows: what is wrong with the data is said now."""
+    from nanochat_core.data.tasks import load_task, tables
+    from nanochat_core.tokenizer.chat import checked
+
+    task = load_task(name, split, assets=assets)
+    order = tables.table(name, split, assets).order
+    for i in range(0, len(task), max(1, len(task) // CHECKED_ROWS)):
+        try:
+            checked(task[i])
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{folder}{name}/{split}, row {order[i] + 1}, makes no conversation: {error}"
+            ) from None
+
+
 def check(path: Path) -> Metrics:
     """Count what is there; an unreadable or incomplete piece is an error now, not after days of training."""
+    from nanochat_core.data.raw_text import not_utf8
     from nanochat_core.data.tasks import identity
     from nanochat_core.eval import core
 
+    for file in [*sorted((path / BUNDLE).rglob("*.*")), path / WORDS]:
+        if file.is_file() and (line := not_utf8(str(file))) is not None:
+            raise ValueError(f"{file}, line {line}, is not UTF-8: convert the file first")
     tasks = core.read_bundle(path / BUNDLE)
     examples = sum(len(core.read_examples(task)) for task in tasks)
     words = (path / WORDS).read_text(encoding="utf-8").split()

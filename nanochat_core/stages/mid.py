@@ -7,10 +7,10 @@ from nanochat_core.train.config import ChatTraining
 class Config(ChatTraining):
     # nanochat's mixture of 850 thousand rows, one epoch.
     mixture: dict[str, int] = {  # noqa: RUF012
-        "smoltalk": 460_000,
-        "mmlu": 100_000,  # the auxiliary train set: how to answer with a letter
-        "gsm8k": 8_000,
-        "identity": 2_000,
+        "smoltalk": 460_341,  # all of it, as of the two below
+        "mmlu": 99_842,  # the auxiliary train set: how to answer with a letter
+        "gsm8k": 7_473,
+        "identity": 2_000,  # each conversation twice
         "spelling": 200_000,
         "spellingbee": 80_000,
     }

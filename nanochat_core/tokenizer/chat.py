@@ -38,7 +38,7 @@ def render_conversation(tokenizer: Tokenizer, conversation: Conversation, max_to
         raise ValueError(f"max_tokens is {max_tokens}; a conversation takes at least 1")
     rendered = Rendered([tokenizer.bos], [0])
     fits = 0  # where the last whole exchange that fits ends
-    for message in _checked(conversation):
+    for message in checked(conversation):
         _add_message(rendered, tokenizer, message)
         if len(rendered.ids) > max_tokens:
             end = fits or max_tokens
@@ -50,7 +50,7 @@ def render_conversation(tokenizer: Tokenizer, conversation: Conversation, max_to
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
     """What the assistant is to answer: all but a last message of its own, then the start of its turn."""
-    messages = _checked(conversation)
+    messages = checked(conversation)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     rendered = Rendered([tokenizer.bos], [0])
@@ -89,7 +89,7 @@ def _pieces(message: Message) -> Iterator[tuple[_Special | str, int]]:
     yield _Special("<|assistant_end|>"), 1
 
 
-def _checked(conversation: Any) -> list[Message]:
+def checked(conversation: Any) -> list[Message]:
     """The messages, a system message merged into the first user's; an error names what is malformed."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from nanochat_core.data.mixture import Order
 from nanochat_core.data.tasks import check_name
 from nanochat_core.model.flops import flops_per_token
 from nanochat_core.model.shape import GPTConfig
@@ -54,7 +55,8 @@ class Training(Recipe):
 class ChatTraining(Training):
     """Midtraining and SFT: conversations of a mixture of tasks, packed whole into rows."""
 
-    mixture: dict[str, int]  # task -> rows of it; more than it has gives them again
+    mixture: dict[str, int]  # task, or a slice of one -> rows of it; more than it has gives them again
+    order: Order = "mixed"  # or in_turn: the tasks one after another as they are listed, a curriculum
     loss_on: Literal["assistant", "all"] = "assistant"
     total_batch: int = Field(2**19, ge=1)  # tokens a step
     steps: int | None = Field(None, ge=1)  # None: about one epoch of the mixture

@@ -119,6 +119,37 @@ class Rows:
         return float(self.matches(conversation, answer))
 
 
+@dataclass(frozen=True)
+class View:
+    """Some rows of a task, as a range names them: the first thousand, every second one, all but some."""
+
+    name: str
+    task: Task
+    rows: range
+
+    @property
+    def kind(self) -> Kind:
+        return self.task.kind
+
+    @property
+    def baseline(self) -> float:
+        return self.task.baseline
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Problem:
+        if not 0 <= index < len(self.rows):
+            raise IndexError(f"{self.name} has {len(self.rows)} rows; there is no row {index}")
+        return self.task[self.rows[index]]
+
+    def correct(self, conversation: Problem, answer: str) -> bool:
+        return self.task.correct(conversation, answer)
+
+    def reward(self, conversation: Problem, answer: str) -> float:
+        return self.task.reward(conversation, answer)
+
+
 def generator(task: str, split: Split, index: int) -> random.Random:
     """The only source of chance of a generated row."""
     return random.Random(f"{task}-{split}-{index}")

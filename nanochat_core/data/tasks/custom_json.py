@@ -6,11 +6,11 @@ from nanochat_core.data.tasks.base import Problem, Rows, contains_answer
 from nanochat_core.data.tasks.identity import read
 
 
-def load(path: str, size: int | None) -> Rows:
+def load(path: Path, size: int | None) -> Rows:
     """Lines that are lists of messages, or objects with `messages` and perhaps the `answer` to look for."""
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(f"{path} is not there: custom_json:PATH names a jsonl file of conversations")
-    listed = read(Path(path))
+    listed = read(path)
 
     def row(index: int) -> Problem:
         return listed[index]

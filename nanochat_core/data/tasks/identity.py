@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat_core.data.tasks.base import Problem, Rows, Split, contains_answer, dialogue
+from nanochat_core.tokenizer.chat import checked
 
 FILE = "identity_conversations.jsonl"
 
@@ -82,17 +83,22 @@ def load(split: Split, size: int | None, assets: Path | None) -> Rows:
 def read(path: Path) -> list[Problem]:
     """Lines that are a list of messages, or an object with `messages` and perhaps `answer`."""
     found = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                messages = row["messages"] if isinstance(row, dict) else row
-                problem = Problem(messages=[{"role": m["role"], "content": m["content"]} for m in messages])
+                row = json.loads(line.decode("utf-8-sig"))
+                problem = Problem(messages=checked(row if isinstance(row, dict) else {"messages": row}))
+                if problem["messages"][-1]["role"] != "assistant":
+                    raise ValueError("the last message is not the assistant's")
                 problem["answer"] = row.get("answer", "nanochat") if isinstance(row, dict) else "nanochat"
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: expected a list of messages ({error})") from None
+                if not isinstance(problem["answer"], str):
+                    raise ValueError("'answer' is not a text")
+            except ValueError as error:
+                why = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+                why = "not UTF-8" if isinstance(error, UnicodeDecodeError) else why
+                raise ValueError(f"{path}, line {number}: expected a list of messages ({why})") from None
             found.append(problem)
     if not found:
         raise ValueError(f"{path} is empty: expected one conversation a line")

@@ -44,6 +44,8 @@ QUOTES = ("", "'", '"')
 def load(split: Split, size: int | None, assets: Path | None) -> Rows:
     """Nine times in ten the letter is one of the word's; quotes and case vary."""
     words = word_list(assets)
+    if not any(is_test(word, letter) == (split == "test") for word in words for letter in word):
+        raise ValueError(f"the list of {len(words)} words has none for {split}: bring a longer one")
 
     def row(index: int) -> Problem:
         rng = generator("spellingbee", split, index)

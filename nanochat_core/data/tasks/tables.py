@@ -151,13 +151,24 @@ def _from_folder(folder: Path, split: Split) -> "pa.Table":
     if parquet.is_file():
         try:
             return pq.read_table(parquet)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{parquet} is not a parquet file that can be read: {error}") from None
     if not jsonl.is_file():
         raise ValueError(f"neither {parquet} nor {jsonl.name} is there")
+    rows = []
+    with jsonl.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+                raise ValueError(f"{jsonl}, line {number}: expected one JSON object a line ({why})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{jsonl}, line {number}: expected one JSON object a line")
+            rows.append(row)
     try:
-        return pa.Table.from_pylist(
-            [json.loads(line) for line in jsonl.read_text("utf-8").splitlines() if line]
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid, AttributeError) as error:
-        raise ValueError(f"{jsonl}: expected one JSON object a line ({error})") from None
+        return pa.Table.from_pylist(rows)
+    except pa.ArrowException as error:
+        raise ValueError(f"{jsonl}: a field has not the same type in all lines ({error})") from None

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_core import plan as plans
 from nanochat_core.data.mixture import load_mixture
-from nanochat_core.data.tasks import TASKS, Problem, Task, load_task
-from nanochat_core.data.tasks.base import last_number, multiple_choice
+from nanochat_core.data.tasks import TASKS, Problem, Task, check_name, load_task
+from nanochat_core.data.tasks.base import last_number, multiple_choice, truth
 from nanochat_core.data.tasks.word_problems import evaluate
 from nanochat_core.infer.tool_use import calculate
-from nanochat_core.stages import chat_eval
+from nanochat_core.stages import chat_eval, mid, sft
 from nanochat_core.tokenizer.chat import render_conversation
 
 GENERATED = (
@@ -178,6 +179,62 @@ def test_a_mixture_oversamples_in_a_fixed_order() -> None:
     assert [row for row in itertools.islice(m, 3)] == [m[0], m[1], m[2]]
     with pytest.raises(ValueError, match="at least one task"):
         load_mixture({})
+
+
+def test_a_name_with_a_slice_means_these_rows_only() -> None:
+    whole = load_task("identity", "train")
+    for name, rows in (
+        ("identity[5:]", range(5, len(whole))),
+        ("identity[:5]", range(5)),
+        ("identity[2:20:3]", range(2, 20, 3)),
+        ("identity[-4:]", range(len(whole) - 4, len(whole))),
+        ("identity[::-1]", range(len(whole) - 1, -1, -1)),
+    ):
+        view = load_task(name, "train")
+        assert [view[i] for i in range(len(view))] == [whole[i] for i in rows]
+        assert (view.name, view.kind, view.baseline) == (name, "generative", 0)
+        assert view.correct(view[0], truth(view[0])) and view.reward(view[0], "nothing of the kind") == 0
+        assert len(load_task(name, "train", size=3)) == 3
+    assert len(load_task("counting[100000:]", "train")) == 0
+    assert load_task("counting[7:9]", "train")[1] == load_task("counting", "train")[8]
+    assert load_task("choices[:10]", "test").baseline == 0.25
+    with pytest.raises(IndexError, match="there is no row 5"):
+        load_task("identity[:5]", "train")[5]
+    with pytest.raises(ValueError, match=r"identity\[::0\]: the step of a slice cannot be 0"):
+        check_name("identity[::0]")
+    with pytest.raises(ValueError, match="no task 'capitols'"):
+        check_name("capitols[:5]")
+
+
+def test_slices_of_a_task_share_its_rows_out_in_a_mixture() -> None:
+    m = load_mixture({"identity[:40]": 40, "identity[40:]": 30, "identity[:2]": 6}, order="in_turn")
+    whole = load_task("identity", "train")
+    assert [m[i] for i in range(70)] == [whole[i] for i in range(70)]
+    assert [m[i] for i in range(70, 76)] == [whole[0], whole[1]] * 3  # oversampled
+    with pytest.raises(ValueError, match=r"identity\[9000:\] has no rows"):
+        load_mixture({"identity[9000:]": 5})
+
+
+def test_tasks_in_turn_come_as_they_are_listed() -> None:
+    m = load_mixture({"capitals": 5, "identity": 3, "spelling": 4}, order="in_turn")
+    assert [m.name(i) for i in range(12)] == ["capitals"] * 5 + ["identity"] * 3 + ["spelling"] * 4
+    assert sft.Config(order="in_turn").order == "in_turn"
+
+
+def test_the_real_profiles_mixtures_are_nanochats() -> None:
+    assert {**mid.Config().mixture} == {
+        "smoltalk": 460_341, "mmlu": 99_842, "gsm8k": 7_473, "identity": 2_000, "spelling": 200_000,
+        "spellingbee": 80_000,
+    }  # fmt: skip
+    assert abs(sum(sft.Config().mixture.values()) - 22_439) < 10  # what its own log counted
+    for profile in plans.profile_names():
+        made = plans.load(profile, base_dir=Path("/nowhere")).jobs
+        if made["assets"].config.source == "hub":
+            assert made["mid"].config.mixture == mid.Config().mixture
+            assert made["sft"].config.mixture == sft.Config().mixture
+            arch = made["pretrain"].config.arch
+            assert made["mid"].config.loss_on == {"seed": "all", "modern": "assistant"}[arch], profile
+        assert made["sft"].config.loss_on == "assistant"
 
 
 def test_an_unknown_task_is_answered_with_the_known_ones() -> None:
