@@ -23,6 +23,7 @@ VERBS = (
     kept.verify,
     kept.gc,
     kept.report,
+    kept.compare,
     evaluate.core,
     talk.chat,
     talk.serve,

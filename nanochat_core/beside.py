@@ -24,7 +24,7 @@ def plan_facts(plan: Plan) -> dict[str, float | str | None]:
     vocabulary = plan.jobs["tokenizer"].config.model_dump() if "tokenizer" in plan.jobs else {}
     there: str | None = None
     if expected is not None:
-        slow, fast = (pretrain["flops"] / (plan.runtime.nproc * each) for each in expected.rates)
+        slow, fast = (pretrain["flops"] / (plan.runtime.processes * each) for each in expected.rates)
         unit, name = (86400, "days") if slow > 2 * 86400 else (3600, "h")
         there = f"{fast / unit:.1f} to {slow / unit:.1f} {name} ({expected.reason})"
     return {

@@ -74,7 +74,7 @@ def assumed(plan: Plan, rate: float) -> Calibration | None:
     shape = shape_of(plan)
     if shape is None:
         return None
-    train = rate / plan.runtime.nproc / flops_per_token(shape)
+    train = rate / plan.runtime.processes / flops_per_token(shape)
     counts = num_params(shape)
     memory = CUDA_BYTES if plan.runtime.device == "cuda" or has_cuda(plan.runtime) else CPU_BYTES
     decode = DECODE_ROWS * memory / (4 * (counts["matrices"] + counts["lm_head"]))
@@ -110,7 +110,7 @@ def device_batches(plan: Plan) -> list[int]:
     still."""
     shape = shape_of(plan)
     assert shape is not None
-    whole = max(1, round(plan.facts("pretrain")["batch"]) // shape.sequence_len // plan.runtime.nproc)
+    whole = max(1, round(plan.facts("pretrain")["batch"]) // shape.sequence_len // plan.runtime.processes)
     most = min(whole, plan.runtime.device_batch.get("pretrain", 32))
     return sorted({max(1, most // 4), max(1, most // 2), most})
 

@@ -72,7 +72,7 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, For
     if measured is not None:
         best = measured.best(plan.runtime.device_batch.get("pretrain", 0))
         words = f"{best.tokens_per_s:,.0f} tokens/s at {best.rows} rows ({measured.how})"
-        return found, words + (f", times {plan.runtime.nproc} processes" if plan.runtime.nproc > 1 else "")
+        return found, words + (f", times {plan.runtime.processes} processes" if plan.runtime.processes > 1 else "")
     return found, f"{count(rate)}FLOP/s, {source}"
 
 
@@ -80,8 +80,8 @@ def by_calibration(plan: Plan, name: str, speed: Calibration) -> tuple[float | N
     """Seconds of a stage by this machine's measured speed, and whether its work is only about known."""
     recipe, facts = plan.jobs[name].config, plan.facts(name)
     runtime = plan.runtime
-    train = speed.best(runtime.device_batch.get(name, 0)).tokens_per_s * runtime.nproc
-    read, write = speed.forward_tokens_per_s * runtime.nproc, speed.decode_tokens_per_s * runtime.nproc
+    train = speed.best(runtime.device_batch.get(name, 0)).tokens_per_s * runtime.processes
+    read, write = speed.forward_tokens_per_s * runtime.processes, speed.decode_tokens_per_s * runtime.processes
     match recipe:
         case pretrain.Config():
             looks: float = 2 + (int(facts["steps"] // recipe.eval_every) if recipe.eval_every else 0)
@@ -183,7 +183,7 @@ def flops_rate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> tuple[float
         if result and result["metrics"].get("flops") and result["seconds"] > 1:
             return result["metrics"]["flops"] / result["seconds"], f"the last {name} on this machine"
     rate, source = assumed_rate(plan.runtime)
-    return rate * plan.runtime.nproc, source
+    return rate * plan.runtime.processes, source
 
 
 def _result(directory: Path) -> dict[str, Any] | None:

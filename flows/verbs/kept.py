@@ -161,3 +161,44 @@ def report(
         webbrowser.open((directory / "report.html").as_uri())
     print(f"talk to it: {with_base('nanochat chat', base_dir)}")
     print(f"report: {directory / 'report.html'}")
+
+
+def compare(
+    first: Annotated[str, typer.Argument(help="a profile's latest run, or a report's directory")],
+    second: Annotated[str, typer.Argument(help="another")],
+    base_dir: BaseDir = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Show two runs side by side: what differed in their recipes, what came of it, and how long it took."""
+    from nanochat_core.beside import differences, find_run
+    from nanochat_core.progress import span
+
+    root = resolved(base_dir)
+    a, b = find_run(root, first), find_run(root, second)
+    recipe = differences(a.recipe, b.recipe)
+    metrics = {key: (a.metrics.get(key), b.metrics.get(key)) for key in {**a.metrics, **b.metrics}}
+    seconds = {row: (a.seconds.get(row), b.seconds.get(row)) for row in {**a.seconds, **b.seconds}}
+    if as_json:
+        document = {"runs": [first, second], "recipe": recipe, "metrics": metrics, "seconds": seconds}
+        print(json.dumps(document | {"commits": [a.commit, b.commit]}, indent=1))
+        return
+
+    def number(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.4f}"
+        return f"{value:,}" if isinstance(value, int) else str(value or "")
+
+    def gain(pair: tuple[object, object]) -> str:
+        one, other = pair
+        known = isinstance(one, int | float) and isinstance(other, int | float)
+        return f"{other - one:+.4f}" if known and one != other else ""  # type: ignore[operator]
+
+    lines = [["commit", a.commit, b.commit, ""]]
+    lines += [[f"recipe  {key}", repr(x), repr(y), ""] for key, (x, y) in recipe.items()]
+    lines += [[f"result  {key}", number(x), number(y), gain((x, y))] for key, (x, y) in metrics.items()]
+    for row, times in seconds.items():
+        lines.append([f"time    {row}", *("" if s is None else span(s) for s in times), ""])
+    table(["", first, second, "change"], lines)
+    if not recipe:
+        print("the recipes are the same")
+    print(f"next: {with_base(f'nanochat report {first}', base_dir)}")

@@ -4,9 +4,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from toys import Toy
+from toys import PROFILE, Toy
 
 from nanochat_core import report, store
+from nanochat_core.beside import differences, find_run
+from nanochat_core.published import D20
+from nanochat_core.report.collect import published_blocks
+from nanochat_core.report.effort import energy
+from nanochat_core.report.pages import Text
 
 
 @pytest.fixture
@@ -112,8 +117,9 @@ def test_interruptions_are_told(rows: dict[str, Path]) -> None:
     ]
     (rows["pretrain"] / "attempts.jsonl").write_text("\n".join(map(json.dumps, attempts)))
     text = report.to_markdown(report.collect(rows))
-    assert "pretrain: its process was ended from outside" in text
-    assert "pretrain: stopped (interrupted)" in text
+    assert "2 interruptions; nothing was done for 1:00 min:" in text
+    assert "| pretrain | 1970-01-01 00:00 | 30 s | its process was ended from outside" in text
+    assert "| pretrain | 1970-01-01 00:01 | 30 s | stopped (interrupted)" in text
     assert re.search(r"\| pretrain \| [^|]+ \| 3 \|", text)
 
 
@@ -155,3 +161,95 @@ def test_the_report_stage_writes_all_of_it(toy: Toy, rows: dict[str, Path], tmp_
         "report.html",
         "curves/sft.svg",
     }
+
+
+def test_every_number_of_a_table_is_one_of_a_result(rows: dict[str, Path]) -> None:
+    made = report.collect(rows)
+    results = {name: store.read_result(path) for name, path in rows.items()}
+    known = {
+        report.number(value)
+        for result in results.values()
+        if result is not None
+        for value in result["metrics"].values()
+        if isinstance(value, float)
+    }
+    known |= {report.number(value) for value in made.metrics.values() if isinstance(value, float)}
+    differences = {
+        report.signed(a - b)
+        for result in results.values()
+        if result is not None
+        for a in result["metrics"].values()
+        for b in result["metrics"].values()
+        if isinstance(a, int | float) and isinstance(b, int | float)
+    }
+    shown = re.findall(r"(?<![\w.])[+-]?\d+\.\d{4}(?!\d)", report.to_markdown(made))
+    assert len(shown) > 8
+    for number in shown:
+        assert number in (differences if number[0] in "+-" else known) or number in ORIENTATION, number
+
+
+ORIENTATION = {report.number(run.numbers["base/core"]) for run in D20}  # of others, and named as theirs
+
+
+def test_energy_is_what_the_meter_said_or_an_assumption_that_is_named(rows: dict[str, Path]) -> None:
+    text = report.to_markdown(report.collect(rows))
+    assert "Energy is assumed: this machine lets no meter be read" in text
+    result = json.loads((rows["pretrain"] / "result.json").read_text()) | {"seconds": 7200.0}
+    (rows["pretrain"] / "result.json").write_text(json.dumps(result))
+    readings = [{"time": 1000.0 + 30 * i, "watts": 60.0, "meter": "GPU", "celsius": 61.0} for i in range(241)]
+    lines = "\n".join(map(json.dumps, readings)) + '\n{"time": 99, "wat'
+    (rows["pretrain"] / "machine.jsonl").write_text(lines)
+    job = json.loads((rows["pretrain"] / "job.json").read_text())
+    job["runtime"] |= {"price_per_kwh": 0.3, "price_per_hour": 2.0}
+    (rows["pretrain"] / "job.json").write_text(json.dumps(job))
+    made = report.collect(rows)
+    text = report.to_markdown(made)
+    assert re.search(
+        r"\| pretrain \| 2:00 h \| 1 \| 120.0 Wh \| 4.04 \|", text
+    )  # 60 W for 2 h; 2 x 2 + .12 x .3
+    assert "what the GPU reported to draw" in text and "assumed where nothing could be read" in text
+    assert made.metrics["run/cost"] == pytest.approx(4.036)
+    curve = next(
+        b for _, bs in made.sections for b in bs if isinstance(b, report.Curve) and b.name == "pretrain"
+    )
+    assert curve.svg.count('id="axes_') == 5  # loss, rate, tokens/s; and the machine's heat and power
+
+
+def test_a_gap_between_two_attempts_draws_no_power(rows: dict[str, Path]) -> None:
+    result = json.loads((rows["pretrain"] / "result.json").read_text()) | {"seconds": 120.0}
+    (rows["pretrain"] / "result.json").write_text(json.dumps(result))
+    times = [0.0, 30.0, 60.0, 86_400.0, 86_430.0]  # a day without power in between
+    readings = [{"time": 1000 + t, "watts": 100.0, "meter": "GPU"} for t in times]
+    (rows["pretrain"] / "machine.jsonl").write_text("\n".join(map(json.dumps, readings)))
+    used = energy(report.read_finished(rows["pretrain"]))
+    assert used.kwh * 3.6e6 == pytest.approx(100 * 150, rel=0.01)  # two minutes and a half, never a day
+
+
+def test_a_run_on_the_published_tasks_stands_beside_the_published_ones(rows: dict[str, Path]) -> None:
+    finished = {name: report.read_finished(path) for name, path in rows.items()}
+    hub = finished["shards"]._replace(job={"config": {"source": "hub"}})
+    metrics: dict[str, float | int | str | None] = {"base/core": 0.21, "sft/mmlu": 0.3, "base/own": 1.0}
+    table, note = published_blocks({"assets": hub}, metrics)
+    assert isinstance(table, report.Table) and isinstance(note, Text)
+    assert list(map(list, table.rows)) == [
+        ["BASE CORE", "0.2100", "0.2219", "0.2096", "0.2565"],
+        ["SFT mmlu", "0.3000", "0.3151", "0.3267", ""],
+    ]
+    (said,) = published_blocks(finished, metrics)
+    assert isinstance(said, Text) and "beside nobody else's" in said.text
+
+
+def test_two_runs_stand_side_by_side(toy: Toy) -> None:
+    toy.make(toy.plan())
+    before = find_run(toy.base_dir, str(PROFILE))
+    report_dir = toy.plan().jobs["report"].path
+    toy.make(toy.plan("sft.steps=9"))
+    after = find_run(toy.base_dir, str(PROFILE))
+    assert differences(before.recipe, after.recipe) == {"sft.steps": (5, 9)}
+    assert before.metrics == after.metrics and before.metrics["sft/chatcore"] == 0.5
+    again = find_run(toy.base_dir, str(report_dir))  # an older run, by its report
+    assert again.recipe == before.recipe and set(again.seconds) == set(before.seconds)
+    with pytest.raises(ValueError, match="no finished run of nope"):
+        find_run(toy.base_dir, "nope")
+    with pytest.raises(ValueError, match="is no report"):
+        find_run(toy.base_dir, str(toy.plan().jobs["sft"].path))

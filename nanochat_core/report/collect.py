@@ -1,0 +1,217 @@
+"""From the rows' directories to a report: what stands in it, and under which headings."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nanochat_core.progress import count, span
+from nanochat_core.published import D20
+from nanochat_core.report.curves import curve_svg, read_rows
+from nanochat_core.report.effort import effort_blocks, whole
+from nanochat_core.report.pages import Block, Curve, Quote, Report, Table, Text, number, signed
+from nanochat_core.report.rows import Finished, read_finished
+from nanochat_core.stage import Metrics
+
+MODELS = ("base", "mid", "sft", "rl")
+EVALUATIONS = {"base_eval": "base", "mid_eval": "mid", "sft_eval": "sft", "rl_eval": "rl"}
+SCORES = {"base_eval": "core", "mid_eval": "chatcore", "sft_eval": "chatcore", "rl_eval": "chatcore"}
+MEASURES = {
+    "val_bpb": "bits per byte",
+    "reward": "reward",
+    "loss": "loss",
+    "chatcore": "ChatCORE",
+    "core": "CORE",
+}
+
+
+def collect(inputs: Mapping[str, Path], *, samples: int = 3) -> Report:
+    """Read the rows' directories (row -> directory, in the table's order) and lay the report out."""
+    rows = {name: read_finished(directory) for name, directory in inputs.items()}
+    metrics = headline_metrics({name: row.metrics for name, row in rows.items()}) | whole(rows)
+    first = next(iter(rows.values()), None)
+    profile = first.job.get("profile", "") if first else ""
+    sections: list[tuple[str, Sequence[Block]]] = [("What it came to", summary(rows, metrics))]
+    tasks = task_table(metrics)
+    if tasks:
+        sections.append(("BASE, MID, SFT and RL", tasks))
+    sections.append(("Beside published runs", published_blocks(rows, metrics)))
+    core = core_table(rows)
+    if core:
+        sections.append(("CORE, task by task", core))
+    curves = [
+        Curve(name, svg)
+        for name, row in rows.items()
+        if (svg := curve_svg(read_rows(row.directory / "metrics.jsonl"), row.readings()))
+    ]
+    if curves:
+        sections.append(("Curves", curves))
+    quotes = sample_quotes(rows, samples)
+    if quotes:
+        sections.append(("In its own words", quotes))
+    sections.append(("Time, energy and what stood in the way", effort_blocks(rows)))
+    sections.append(("What was run", provenance_blocks(rows)))
+    return Report(f"nanochat report: {Path(profile).stem}", sections, metrics)
+
+
+def headline_metrics(rows: Mapping[str, Metrics]) -> Metrics:
+    """The run's numbers by their public names: `base/val_bpb`, `rl/reward`, `<stage>/<task>` and so on."""
+    found: Metrics = {}
+    pretrain, losses = rows.get("pretrain", {}), rows.get("base_loss", {})
+    for key in ("params", "tokens", "flops", "val_bpb_start"):
+        if key in pretrain:
+            found[f"base/{key}"] = pretrain[key]
+    val = losses.get("val_bpb", pretrain.get("val_bpb"))
+    if val is not None:
+        found["base/val_bpb"] = val
+    for stage in ("mid", "sft", "rl"):
+        for key in ("val_bpb_start", "val_bpb", "reward_start", "reward"):
+            if key in rows.get(stage, {}):
+                found[f"{stage}/{key}"] = rows[stage][key]
+    for row, model in EVALUATIONS.items():
+        for key, value in rows.get(row, {}).items():
+            if isinstance(value, int | float):
+                found[f"{model}/{key}"] = value
+    return found
+
+
+def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
+    """One line for each thing that was to get better: where it began, where it ended."""
+    lines = []
+    for name, row in rows.items():
+        if name in EVALUATIONS:
+            continue
+        for key, value in row.metrics.items():
+            start = row.metrics.get(f"{key}_start")
+            if isinstance(value, int | float) and isinstance(start, int | float):
+                lines.append(
+                    [name, MEASURES.get(key, key), number(start), number(value), signed(value - start)]
+                )
+    scores = [(model, metrics[f"{model}/chatcore"]) for model in MODELS if f"{model}/chatcore" in metrics]
+    before: float | None = None
+    for model, score in scores:
+        assert isinstance(score, int | float)
+        gain = signed(score - before) if before is not None else ""
+        lines.append([model, "ChatCORE", number(before), number(score), gain])
+        before = score
+    if "base/core" in metrics:
+        lines.append(["base", "CORE", "", number(metrics["base/core"]), ""])
+    blocks: list[Block] = []
+    if "base/params" in metrics:
+        size = f"A model of {count(float(metrics['base/params'] or 0))} parameters"
+        seen = (
+            f", trained on {count(float(metrics['base/tokens'] or 0))} tokens"
+            if "base/tokens" in metrics
+            else ""
+        )
+        blocks.append(
+            Text(f"{size}{seen}, in {span(sum(row.result['seconds'] for row in rows.values()))} of work.")
+        )
+    if lines:
+        blocks.append(Table(["stage", "measure", "before", "after", "change"], lines))
+        blocks.append(Text("Of bits per byte and loss less is better, of everything else more."))
+    return blocks
+
+
+def task_table(metrics: Metrics) -> list[Block]:
+    """What each model can do: its text, its tasks, ChatCORE; the gain is from the first one measured to the
+    last."""
+    chat = [model for model in MODELS if f"{model}/chatcore" in metrics]
+    models = [model for model in MODELS if model in chat or f"{model}/core" in metrics]
+    tasks = dict.fromkeys(
+        key.partition("/")[2] for model in chat for key in metrics if key.startswith(f"{model}/")
+    )
+    hidden = ("chatcore", "val_bpb", "reward")
+    kept = [task for task in tasks if task not in hidden and not task.endswith("_start")]
+    wanted = ["core", "val_bpb"] if "base" in models else []
+    lines = []
+    for task in [*wanted, *kept, *(["chatcore"] if chat else [])]:
+        owners = ["base"] if task in ("core", "val_bpb") else chat
+        values = [metrics.get(f"{model}/{task}") if model in owners else None for model in models]
+        known = [value for value in values if isinstance(value, int | float)]
+        gain = signed(known[-1] - known[0]) if len(known) > 1 else ""
+        if known:
+            lines.append([MEASURES.get(task, task), *(number(value) for value in values), gain])
+    return [Table(["task", *(model.upper() for model in models), "gain"], lines)] if lines else []
+
+
+def published_blocks(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
+    """The same measures as others published them, where they are the same: on the published tasks."""
+    assets = rows["assets"].job["config"] if "assets" in rows else {}
+    if assets.get("source") != "hub":
+        marks = "; ".join(f"{run.what}: CORE {run.numbers['base/core']:.4f}" for run in D20)
+        return [
+            Text(
+                "This run was measured on tasks of its own, so its numbers stand beside nobody else's. For "
+                f"orientation, on the 22 published tasks: {marks}."
+            )
+        ]
+    keys = [key for key in dict.fromkeys(key for run in D20 for key in run.numbers) if key in metrics]
+    lines = [
+        [f"{key.partition('/')[0].upper()} {MEASURES.get(key.partition('/')[2], key.partition('/')[2])}",
+         number(metrics[key]), *(number(run.numbers.get(key)) for run in D20)]
+        for key in keys
+    ]  # fmt: skip
+    note = (
+        "One recipe spreads over .0165 of CORE from run to run; bits per byte compare only on the "
+        "same text; ChatCORE only over the same six tasks."
+    )
+    return [Table(["", "this run", *(run.what for run in D20)], lines), Text(note)] if lines else []
+
+
+def core_table(rows: Mapping[str, Finished]) -> list[Block]:
+    measured = rows["base_eval"].metrics if "base_eval" in rows else {}
+    lines = [
+        [MEASURES.get(key, key), number(measured.get(f"{key}_accuracy")), number(value)]
+        for key, value in measured.items()
+        if isinstance(value, int | float) and not key.endswith("_accuracy")
+    ]
+    note = "The score is the accuracy, centred so that guessing is 0 and always being right is 1."
+    return [Table(["task", "accuracy", "score"], lines), Text(note)] if lines else []
+
+
+def sample_quotes(rows: Mapping[str, Finished], most: int) -> list[Block]:
+    """What stages left in samples.md, cut to the first few; a sample begins with a heading."""
+    quotes: list[Block] = []
+    for name, row in rows.items():
+        path = row.directory / "samples.md"
+        if path.exists():
+            parts = path.read_text().split("\n#")
+            quotes.append(
+                Quote(f"{name}: samples", "\n#".join(parts[: most + (not parts[0].startswith("#"))]))
+            )
+    return quotes
+
+
+def provenance_blocks(rows: Mapping[str, Finished]) -> list[Block]:
+    """The machine and the code, and every stage's recipe in full."""
+    facts: dict[str, dict[str, None]] = {}
+    for row in rows.values():
+        record = row.job.get("provenance", {})
+        versions = " ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+        commit = record.get("commit")
+        facts.setdefault("commit", {})[
+            f"{commit}{' with changes' if record.get('dirty') else ''}" if commit else "none"
+        ] = None
+        facts.setdefault("code", {})[str(record.get("code", "unknown"))] = None
+        facts.setdefault("machine", {})[f"{record.get('machine', '')}, Python {record.get('python', '')}"] = (
+            None
+        )
+        facts.setdefault("versions", {})[versions] = None
+        for key, words in record.get("hardware", {}).items():
+            if words:
+                facts.setdefault(key, {})[words] = None
+    first = next(iter(rows.values()))
+    runtime = {key: value for key, value in first.runtime.items() if value not in (None, {}, [])}
+    facts["profile"] = {str(first.job.get("profile", "")): None}
+    facts["runtime"] = {" ".join(f"{key}={value}" for key, value in runtime.items()): None}
+    blocks: list[Block] = [
+        Table(["", ""], [[key, "; ".join(values)] for key, values in facts.items()], words=1)
+    ]
+    if len(facts.get("code", {})) > 1:
+        blocks.append(
+            Text("Not all stages were made by the same code: some are older than it and were kept.")
+        )
+    for name, row in rows.items():
+        recipe = "\n".join(f"{key} = {json.dumps(value)}" for key, value in row.job.get("config", {}).items())
+        blocks.append(Quote(f"{name} ({row.job.get('fingerprint')})", recipe or "(nothing to set)"))
+    return blocks
