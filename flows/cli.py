@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from flows.verbs import doctor, elsewhere, evaluate, kept, plan, run, services, talk
+from flows.verbs import data, doctor, elsewhere, evaluate, kept, plan, run, services, talk
 from flows.verbs.shared import say
 
 VERBS = (
@@ -19,6 +19,8 @@ VERBS = (
     plan.plan,
     doctor.doctor,
     run.stage,
+    data.repackage,
+    data.identity,
     kept.status,
     kept.verify,
     kept.gc,
