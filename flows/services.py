@@ -49,7 +49,6 @@ def up(base_dir: Path, port: int) -> str:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | SETTINGS | RETENTION,
             )
     deadline = time.monotonic() + STARTUP_SECONDS
     while not healthy(url):
@@ -149,7 +148,8 @@ def supervise(base_dir: Path, url: str, port: int) -> None:
     if port:
         start = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         commands = {"server": [*python, *start], **commands}
-    env = os.environ | {"PREFECT_API_URL": url, "NANOCHAT_BASE_DIR": str(base_dir)}
+    own = {"PREFECT_API_URL": url, "NANOCHAT_BASE_DIR": str(base_dir)}
+    env = RETENTION | os.environ | SETTINGS | own
     started: dict[str, subprocess.Popen[bytes]] = {}
     again: dict[str, float] = {}
     with store.locked(where / "supervisor.lock", wait=False) as ours:
