@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanochat_core.launch import environment, stop
-from nanochat_core.nodes import ANSWER, heard
+from nanochat_core.nodes import ANSWER, called, heard
 
 POLL_SECONDS = 2.0
 
@@ -35,10 +35,12 @@ def join(base_dir: Path, tell: Callable[[str], None]) -> None:
                 start_new_session=True,
                 env=environment() | {ANSWER: json.dumps(call)},
             )
-        try:
-            code = process.wait()
+        try:  # a call that came too late was answered in vain, once there is another
+            while process.poll() is None and called(base_dir) == call:
+                time.sleep(POLL_SECONDS)
         finally:
             stop(process)
+        code = process.wait()
         done = call["id"] if code == 0 else ""
         how = "is done" if code == 0 else f"ended here with code {code}"
         tell(f"{stage} {how}; waiting for the next call")

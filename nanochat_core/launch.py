@@ -147,7 +147,9 @@ def launch(
         raise StageKilled(name, f"its artefact is damaged: {damage}", log) from None
     if process.returncode != 0 or result is None:
         final = log if log.exists() else job.path / "log.txt"
-        killed = process.returncode <= 0 or (final.exists() and killed_rank(said_since(final, begin)))
+        said = said_since(final, begin) if final.exists() else []
+        away = plan.runtime.nnodes > 1 and nodes.lost(said)
+        killed = process.returncode <= 0 or killed_rank(said) or away
         kind = StageKilled if killed else StageFailed
         if process.returncode == INPUT_LOST or (kind is StageFailed and inputs.lost(plan, name)):
             kind = InputLost

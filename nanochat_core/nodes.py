@@ -7,8 +7,10 @@ to stop. Which machine gets rank 0 is torchrun's affair.
 
 import json
 import os
+import re
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from nanochat_core.stage import Runtime
 
 PORT = 29400
 JOIN_SECONDS = 24 * 3600  # how long the machines that are there wait for one that is not
-RESTARTS = 3  # of a stage's ranks on all machines, from the checkpoint, when those of one have died
+LOST = re.compile(  # what the ranks of one machine say when those of another are gone
+    r"Connection (closed|reset) by peer|Dist(Network|Backend|Store)Error|Rendezvous\w*Error"
+)
 ANSWER = "NANOCHAT_ANSWER"  # set in a process that answers a call rather than making one
 
 
@@ -52,8 +56,13 @@ def torchrun(job: Path, runtime: Runtime) -> list[str]:
         f"--rdzv-id={call['id']}",
         f"--rdzv-conf=is_host={0 if answering else 1},join_timeout={JOIN_SECONDS}",
         f"--local-addr={address_towards(call['endpoint']) if answering else host}",  # no name service needed
-        f"--max-restarts={RESTARTS}",
+        "--max-restarts=0",  # a new attempt is a new call: torchrun may count on a machine that is gone
     ]
+
+
+def lost(lines: Iterable[str]) -> bool:
+    """Whether a log says that the other machine went away: then the same stage is called again."""
+    return any(LOST.search(line) for line in lines)
 
 
 def address_towards(endpoint: str) -> str:
@@ -64,11 +73,18 @@ def address_towards(endpoint: str) -> str:
         return str(s.getsockname()[0])
 
 
+def called(base_dir: Path) -> dict[str, Any] | None:
+    """The last call."""
+    try:
+        return dict(json.loads(call_path(base_dir).read_text()))
+    except (OSError, ValueError):
+        return None
+
+
 def heard(base_dir: Path) -> dict[str, Any] | None:
     """The call that is being made at this moment: left in the base directory, and its rendezvous answers."""
-    try:
-        call: dict[str, Any] = json.loads(call_path(base_dir).read_text())
-    except (OSError, ValueError):
+    call = called(base_dir)
+    if call is None:
         return None
     host, _, port = call["endpoint"].rpartition(":")
     try:

@@ -105,7 +105,7 @@ def test_the_first_machine_waits_for_the_other_to_come_back(tmp_path: Path, seco
 
     again: list[Second] = []
     try:
-        launch.launch(
+        launch.insist(
             two,
             "pretrain",
             pull_the_plug,
