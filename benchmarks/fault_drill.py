@@ -360,11 +360,14 @@ def computer(args: argparse.Namespace) -> Iterator[Drill]:
         FAULTS.pop("disk full, then Retry")
         print("left out: disk full (a small disk cannot be mounted here)", flush=True)
     try:
-        begin = time.monotonic()
-        machine.nanochat("run", "tiny", "--until", args.until)
-        print(f"the undisturbed run took {time.monotonic() - begin:.0f} s", flush=True)
+        plan = plans.load("tiny", base_dir=args.reference or machine.base, until=args.until)
+        if args.reference is None:
+            begin = time.monotonic()
+            machine.nanochat("run", "tiny", "--until", args.until)
+            print(f"the undisturbed run took {time.monotonic() - begin:.0f} s", flush=True)
+        reference = outcome(plan)
         plan = plans.load("tiny", base_dir=machine.base, until=args.until)
-        yield Drill(machine, postgres, plan, outcome(plan), args.away, clock)
+        yield Drill(machine, postgres, plan, reference, args.away, clock)
     finally:
         machine.kill(number=18)
         machine.power_cut()
@@ -447,6 +450,7 @@ def main() -> None:
     parser.add_argument("--away", type=float, default=20.0, help="seconds that the server is away or hangs")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no further run after that")
     parser.add_argument("--until", metavar="STAGE", default="report", help="how far each run goes")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="a base directory where tiny has run")
     parser.add_argument("--only", metavar="KIND", nargs="+", help="only faults whose name contains this")
     parser.add_argument("--postgres", action="store_true", help="a PostgreSQL instead of SQLite")
     parser.add_argument("--stop", action="store_true", help="end at the first lost run")
