@@ -29,6 +29,7 @@ VERBS = (
     evaluate.core,
     talk.chat,
     talk.serve,
+    talk.export,
     services.up,
     services.down,
     elsewhere.mirror,

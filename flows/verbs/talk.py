@@ -1,7 +1,9 @@
-"""A trained model put to use: `nanochat chat` and `nanochat serve`."""
+"""A trained model put to use: `nanochat chat`, `nanochat serve` and `nanochat export`."""
 
 import errno
+import shlex
 import sys
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,6 +56,50 @@ def serve(
     serve(
         loaded(model, device, base_dir), host=host, port=port, token=token, say=partial(say, out=sys.stdout)
     )
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="a stage of the latest run (sft), or a directory")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="where to write it: new, empty, or an export")
+    ],
+    dtype: Annotated[Dtype, typer.Option(help="of the weights; bfloat16 is half the size")] = Dtype.float32,
+    name: Annotated[str | None, typer.Option(help="the model card's title; DIR's name if not given")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="send it to the Hugging Face hub too; wants HF_TOKEN")
+    ] = None,
+    base_dir: BaseDir = HOME,
+) -> None:
+    """Write a model as a directory that others can read: safetensors, tokenizer.json, settings, model card.
+
+    A `seed` model opens with transformers' AutoModelForCausalLM, a `modern` one with `nanochat chat DIR`.
+    There is no GGUF: llama.cpp's converter does not know the architecture.
+    """
+    source = model_directory(model, base_dir)
+    taken = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+    if taken and (not (directory / "generation_config.json").is_file() or (directory / "job.json").exists()):
+        raise ValueError(f"{directory} holds something else; give a new or an empty directory")
+    import torch
+
+    from nanochat_core.chat.load import tokenizer_directory
+    from nanochat_core.infer.exported import export, is_exported, push_to_hub
+    from nanochat_core.infer.model_card import measured
+    from nanochat_core.pipeline import BY_NAME
+
+    tokenizer = source if is_exported(source) else tokenizer_directory(source)
+    results = measured(source, BY_NAME["export"].gathers)
+    title = name or directory.resolve().name
+    params = export(
+        source, tokenizer, directory, dtype=getattr(torch, dtype.value), results=results, name=title
+    )
+    say(f"{params:,} parameters in {directory}; talk to it: nanochat chat {shlex.quote(str(directory))}")
+    if push is not None:
+        say(f"sent to {push_to_hub(directory, push)}")
 
 
 def model_directory(model: str | None, base_dir: Path) -> Path:

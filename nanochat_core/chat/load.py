@@ -34,7 +34,7 @@ def load_chat(
     if is_exported(directory):
         model, tokenizer = load_exported(directory)
     else:
-        model, tokenizer = load_model(directory), load_tokenizer(_tokenizer_directory(directory))
+        model, tokenizer = load_model(directory), load_tokenizer(tokenizer_directory(directory))
         _, fingerprint = read_config(directory)
         check_tokenizer(directory, fingerprint, tokenizer)
     device = torch.device(device)
@@ -45,7 +45,7 @@ def load_chat(
     return model.to(device=device, dtype=dtype), tokenizer
 
 
-def _tokenizer_directory(directory: Path) -> Path:
+def tokenizer_directory(directory: Path) -> Path:
     """Where the tokenizer lies that a stage has read: its job.json names it, base_dir is two levels up."""
     path = directory / "job.json"
     try:

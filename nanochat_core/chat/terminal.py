@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nanochat_core.chat.conversation import DEFAULT, Kind, Piece, Reader, fit, parts
+from nanochat_core.chat.conversation import DEFAULT, Piece, Reader, fit, parts
 from nanochat_core.chat.load import Loaded
+from nanochat_core.chat.writers import writer
 from nanochat_core.infer.engine import Engine
 from nanochat_core.infer.sampling import Sampling
 from nanochat_core.store import write_whole
@@ -27,9 +28,6 @@ HELP = """\
 /save FILE       write the conversation as JSON
 /help            this list
 /quit            leave (or Ctrl-D). Ctrl-C stops an answer."""
-
-# What a model writes must not steer the terminal: control characters but newline and tab are shown as U+FFFD.
-CONTROL = {code: "\ufffd" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
 
 
 def run_terminal(
@@ -72,7 +70,8 @@ class Session:
         self.sampling = sampling
         self._seed = seed
         self.messages: list[Message] = []
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True)  # for what the program says
+        self.page = Console(highlight=False)  # for what the model says
         self._use(load(None))
 
     def _use(self, loaded: Loaded) -> None:
@@ -101,32 +100,20 @@ class Session:
         prompt = fit(tokenizer, messages, self._engine.context, self.sampling.max_tokens)
         seed = secrets.randbits(32) if self._seed is None else self._seed + len(messages)
         pieces: list[Piece] = []
+        page = writer(self.page)
+        note = ""
         with contextlib.closing(self._engine.stream(prompt, self.sampling._replace(seed=seed))) as stream:
             try:
                 for piece in _read(Reader(tokenizer), stream):
-                    self._print(piece, pieces[-1].kind if pieces else "text")
+                    page.write(piece)
                     pieces.append(piece)
             except KeyboardInterrupt:
                 if not interruptible:
                     raise
-                self.console.print(" [stopped]", style="dim", markup=False, end="")
-        self._print(Piece("text", "\n"), pieces[-1].kind if pieces else "text")
+                note = " [stopped]"
+            finally:
+                page.end(note)
         self.messages = [*messages, {"role": "assistant", "content": parts(pieces)}]
-
-    def _print(self, piece: Piece, before: Kind) -> None:
-        """Text as it is, a call as `[calculator 12*3 = 36]`."""
-        mark = ""
-        if piece.kind != before:
-            mark = {"python": "[calculator ", "python_output": " = ", "text": "]"}[piece.kind]
-            if piece.kind == "python" and before == "python_output":
-                mark = "] " + mark
-        self.console.out(mark, style="cyan", end="")
-        text = piece.text.translate(CONTROL)
-        if piece.kind == "text":  # past rich, which would take every piece for a line and set tabs by it
-            self.console.file.write(text)
-            self.console.file.flush()
-        else:
-            self.console.out(text, style="cyan", end="")
 
     def command(self, line: str) -> bool:
         """Obey a /command; False to leave."""
@@ -144,7 +131,7 @@ class Session:
             case "/temperature":
                 self.sampling = self.sampling._replace(temperature=_number(name, value)).check()
             case "/topk":
-                self.sampling = self.sampling._replace(top_k=int(_number(name, value)) or None).check()
+                self.sampling = self.sampling._replace(top_k=_whole(name, value) or None).check()
             case "/model":
                 self._use(self._load(value or None))
                 self.console.print(f"now talking to {self.loaded.name}", style="dim", markup=False)
@@ -169,6 +156,12 @@ def _read(reader: Reader, tokens: Iterator[int]) -> Iterator[Piece]:
     for token in tokens:
         yield from reader.read(token)
     yield from reader.end()
+
+
+def _whole(name: str, value: str) -> int:
+    if not value.isdecimal():
+        raise ValueError(f"{name} wants a whole number, not {value!r}")
+    return int(value)
 
 
 def _number(name: str, value: str) -> float:

@@ -3,7 +3,7 @@
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import uvicorn
@@ -29,6 +29,7 @@ from nanochat_core.chat.schema import (
 from nanochat_core.chat.serving import Batcher, Busy, Failed
 from nanochat_core.infer.engine import Engine
 from nanochat_core.infer.sampling import Sampling
+from nanochat_core.model.gpt import GPT
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 STREAMED: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
@@ -42,13 +43,15 @@ def create_app(
     token: str | None = None,
     limits: Limits | None = None,
     hosts: Sequence[str] | None = LOCAL,
+    facts: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """The application for one engine. `hosts`: the names it answers to, so that no page of another site can
-    reach it under a name of its own; None: any."""
+    reach it under a name of its own; None: any. `facts`: more about the model, for /v1/models."""
     limits = limits or Limits()
     batcher = Batcher(engine, places=limits.places)
     measured = Measured()
-    started = int(time.time())
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
+    card |= {"context": engine.context, **(facts or {})}
     html, policy = page.render(name)
 
     @contextlib.asynccontextmanager
@@ -85,12 +88,12 @@ def create_app(
 
     @app.get("/v1/models", **protected)
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(name, started, engine)]}
+        return {"object": "list", "data": [card]}
 
     @app.get("/v1/models/{model:path}", **protected)
     async def model(model: str) -> dict[str, Any]:
         check_model(model)
-        return _model_card(name, started, engine)
+        return card
 
     @app.post("/v1/chat/completions", **answering)
     async def chat_completions(asked: ChatAsked, http: Request) -> Response:
@@ -151,17 +154,9 @@ def create_app(
     return app
 
 
-def _model_card(name: str, started: int, engine: Engine) -> dict[str, Any]:
-    config = engine.model.config
-    return {
-        "id": name,
-        "object": "model",
-        "created": started,
-        "owned_by": "nanochat",
-        "context": engine.context,
-        "params": engine.model.num_params(),
-        "arch": config.arch,
-    }
+def about(model: GPT) -> dict[str, Any]:
+    """What a client may want to know of the model beyond OpenAI's fields."""
+    return {"params": model.num_params(), "arch": model.config.arch}
 
 
 def serve(
@@ -179,7 +174,8 @@ def serve(
     engine = Engine(loaded.model, loaded.tokenizer, max_rows=rows, context=context)
     engine.reserve(context)
     local = host in LOCAL
-    app = create_app(engine, loaded.name, token=token, limits=limits, hosts=LOCAL if local else None)
+    hosts = LOCAL if local else None
+    app = create_app(engine, loaded.name, token=token, limits=limits, hosts=hosts, facts=about(loaded.model))
     with _listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         say(f"{loaded.name} is at http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat_core.infer.model_card import model_card
 from nanochat_core.model.gpt import GPT, SOFTCAP, load_model, read_config, write_config
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.store import write_json, write_whole
@@ -56,27 +57,72 @@ def export(
     results: Mapping[str, Mapping[str, Any]],
     name: str,
 ) -> int:
-    """Write the export to `target`; its parameter count. `results`: for the card, metrics by stage."""
+    """Write the export to `target`; its parameter count. `results`: for the card, metrics by stage.
+
+    What is exported already can be exported again, to have it in another `dtype`.
+    """
     from safetensors.torch import save
 
-    config, fingerprint = read_config(model_directory)
-    tokenizer = load_tokenizer(tokenizer_directory)
-    check_tokenizer(model_directory, fingerprint, tokenizer)
-    model = load_model(model_directory)
+    if is_exported(model_directory):
+        model, tokenizer = load_exported(model_directory)
+    else:
+        model, tokenizer = load_model(model_directory), load_tokenizer(tokenizer_directory)
+        check_tokenizer(model_directory, read_config(model_directory)[1], tokenizer)
+    config = model.config
     weights = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
     target.mkdir(parents=True, exist_ok=True)
     if config.arch == "seed":
         weights = {theirs: weights[ours] for ours, theirs in _names(config)}
         write_json(target / "config.json", _their_config(config, tokenizer, dtype))
     else:
-        write_config(target, config, fingerprint)
+        write_config(target, config, tokenizer.fingerprint)
     write_whole(target / "model.safetensors", save(weights, metadata={"format": "pt"}))
     tokenizer.save(target)
     tokenizer.to_huggingface(target)
     write_json(target / "tokenizer_config.json", _tokenizer_config(config, tokenizer))
     write_json(target / "generation_config.json", _generation_config(tokenizer))
-    write_whole(target / "README.md", _card(config, model.num_params(), results, name))
+    write_whole(target / "README.md", model_card(config, model.num_params(), results, name))
     return model.num_params()
+
+
+FILES = (
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    FILE,
+)
+
+
+def push_to_hub(directory: Path, repo: str) -> str:
+    """Send an export to a repository of the Hugging Face hub, by its own client; the address.
+
+    The repository is made, and kept private, if there is none. The token is HF_TOKEN or `hf auth login`'s.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.whoami()  # a clear word before a gigabyte is sent
+        made = api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=directory,
+            allow_patterns=list(FILES),
+            commit_message="nanochat export",
+        )
+    except LocalTokenNotFoundError:
+        raise ValueError("the hub wants a token: set HF_TOKEN to one that may write") from None
+    except HFValidationError as error:
+        raise ValueError(f"{repo!r} is not a repository's name on the hub: {error}") from None
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise ValueError(f"the hub refuses: HF_TOKEN may not write to {repo}") from None
+        raise ValueError(f"{directory} is complete, but the hub did not take it: {error}") from None
+    return str(made)
 
 
 def load_exported(directory: Path) -> tuple[GPT, Tokenizer]:
@@ -174,59 +220,3 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "top_k": 50,
         "max_new_tokens": 256,
     }
-
-
-def _card(config: GPTConfig, params: int, results: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    """The model card: what it is, how to talk to it, what was measured."""
-    header = {"pipeline_tag": "text-generation", "language": "en", "tags": ["nanochat"]}
-    if config.arch == "seed":
-        header["library_name"] = "transformers"
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
-    rows = "\n".join(
-        f"| {stage} | {metric} | {f'{value:.4f}' if isinstance(value, float) else value} |"
-        for stage, metrics in results.items()
-        for metric, value in metrics.items()
-        if value is not None
-    )
-    measured = (
-        f"| stage | metric | value |\n|---|---|---|\n{rows}" if rows else "Nothing was measured in this run."
-    )
-    if config.arch == "seed":
-        use = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
-messages = [{"role": "user", "content": "What is the capital of France?"}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-print(tokenizer.decode(model.generate(**inputs)[0]))
-```
-
-Calls of the calculator are answered by nanochat's own programs only: `nanochat chat .`"""
-    else:
-        use = (
-            "```\nnanochat chat .\n```\n\nThe architecture is nanochat's own; transformers does not know it."
-        )
-    return f"""\
----
-{front}
----
-# {name}
-
-A small language model trained end to end by nanochat: {params:,} parameters, architecture \
-`{config.arch}`, {config.n_layer} layers of width {config.n_embd}, {config.vocab_size:,} tokens, \
-context {config.sequence_len:,}.
-
-It is a model for learning and experiments: it makes mistakes, states falsehoods with confidence, and \
-nobody has tested it for safety.
-
-## Use
-
-{use}
-
-## Measured
-
-{measured}
-"""

@@ -17,7 +17,7 @@ import uvicorn
 from safetensors.torch import save_file
 
 from nanochat_core.chat.gate import Limits
-from nanochat_core.chat.web import create_app
+from nanochat_core.chat.web import about, create_app
 from nanochat_core.infer.engine import Engine
 from nanochat_core.model.gpt import GPT, write_config
 from nanochat_core.model.shape import GPTConfig
@@ -32,12 +32,12 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def trained(tmp_path: Path, tokenizer: Tokenizer) -> Callable[[GPT], Path]:
+def trained(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
     """Leave a model behind as `sft` would; the directory."""
 
-    def trained(model: GPT) -> Path:
+    def trained(model: GPT, stage: str = "sft") -> Path:
         tokenizer.save(tmp_path / "tokenizer" / "t0")
-        path = tmp_path / "sft" / "s0"
+        path = tmp_path / stage / "s0"
         path.mkdir(parents=True)
         write_config(path, model.config, tokenizer.fingerprint)
         save_file(model.state_dict(), path / "model.safetensors")
@@ -64,8 +64,8 @@ def random_model(tokenizer: Tokenizer) -> Callable[[str], GPT]:
 def parrot(tokenizer: Tokenizer) -> Callable[..., GPT]:
     """A model that has learned nothing but which token comes after which: chains of tokens, said greedily."""
 
-    def parrot(*chains: list[int]) -> GPT:
-        config = replace(SHAPE, vocab_size=tokenizer.vocab_size)
+    def parrot(*chains: list[int], **shape: int) -> GPT:
+        config = replace(SHAPE, vocab_size=tokenizer.vocab_size, **shape)
         model = GPT(config).init_weights(1).eval().requires_grad_(False)  # blocks that add nothing
         for chain in chains:
             for token, following in itertools.pairwise(chain):
@@ -103,7 +103,7 @@ def running(model, tokenizer) -> Iterator[Callable[..., httpx.Client]]:
             *, rows: int = 4, context: int = 1280, token: str | None = None, **limits: float
         ) -> httpx.Client:
             engine = Engine(model, tokenizer, max_rows=rows, context=context)
-            app = create_app(engine, "tiny", token=token, limits=Limits(**limits))
+            app = create_app(engine, "tiny", token=token, limits=Limits(**limits), facts=about(model))
             listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
             server = uvicorn.Server(config)

@@ -81,7 +81,7 @@ def test_commands_change_the_settings_and_mistakes_change_nothing(load, capsys, 
     )
     run_terminal(load)
     out = capsys.readouterr().out
-    assert "wants a number, not 'x'" in out and "temperature is -1" in out
+    assert "wants a whole number, not 'x'" in out and "temperature is -1" in out
     assert "no model called absent" in out and "now talking to rl" in out
     typed(monkeypatch, "/topk 0", "/help", "/quit", "never read")
     run_terminal(load)
