@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from flows.verbs import data, doctor, elsewhere, evaluate, kept, plan, run, services, talk
+from flows.verbs import data, doctor, elsewhere, evaluate, install, kept, plan, run, services, talk
 from flows.verbs.shared import say
 
 VERBS = (
@@ -32,6 +32,7 @@ VERBS = (
     talk.export,
     services.up,
     services.down,
+    install.install_services,
     elsewhere.mirror,
     elsewhere.join,
 )

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from flows import downloads
 from flows.examine import examine
+from flows.published import publish_report
 from flows.recovery import default_base_dir, present
 from flows.watch import Cancellation, Watch
 from nanochat_core import inputs
@@ -146,6 +147,8 @@ def speedrun(
         copies.finish()
     if screen is not None:
         screen.sum_up()
+    if "report" in plan.jobs:
+        publish_report(plan.jobs["report"].path)
     return {name: result_of(job.path) for name, job in plan.jobs.items()}
 
 

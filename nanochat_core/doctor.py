@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from nanochat_core import guard, store
 from nanochat_core.data.fetch import offline
 from nanochat_core.data.hub import HUB
-from nanochat_core.edges import Edges, Reached
+from nanochat_core.edges import SLEEP, Edges, Reached
 from nanochat_core.forecast import Need, needs
 from nanochat_core.machine import Gpu, Machine, gpus, memory
 from nanochat_core.plan import Plan, Verdict
@@ -28,7 +28,6 @@ OLDEST_DRIVER = 580  # the first for CUDA 13
 PTXAS = "usr/local/cuda/bin/ptxas"
 SKEW_SECONDS = 300.0  # a clock further off than this fails TLS and muddles the report
 SLOW_WRITE, SLOW_SYNC = 100e6, 1.0  # bytes/s; s
-SLEEP = ("sleep.target", "suspend.target", "hibernate.target", "hybrid-sleep.target")
 
 State = Literal["ok", "warn", "fail"]
 

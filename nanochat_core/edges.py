@@ -16,6 +16,7 @@ from nanochat_core import trial
 from nanochat_core.machine import HERE, Machine
 
 PROBE_BYTES = 64 << 20
+SLEEP = ("sleep.target", "suspend.target", "hibernate.target", "hybrid-sleep.target")
 
 
 class Reached(NamedTuple):

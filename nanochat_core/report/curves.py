@@ -91,8 +91,8 @@ def machine_panels(readings: Sequence[Mapping[str, Any]]) -> list[Panel]:
 def draw(found: Sequence[Panel], *, columns: int = 4) -> Any:
     from matplotlib.figure import Figure  # no pyplot: nothing global, any thread
 
-    columns = min(columns, len(found))
     lines = math.ceil(len(found) / columns)
+    columns = math.ceil(len(found) / lines)  # five are three and two, not four and one
     figure = Figure(figsize=(3.1 * columns, 2.3 * lines), layout="constrained")
     for i, (title, points) in enumerate(found):
         axes = figure.add_subplot(lines, columns, i + 1)

@@ -1,0 +1,131 @@
+"""The services in systemd: what is installed is valid, shown before it is done, and brings a run back."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_services import Machine, until
+
+from flows import install
+from flows.install import Step
+
+
+def settings(text: str, key: str) -> list[str]:
+    return [line.partition("=")[2] for line in text.splitlines() if line.startswith(f"{key}=")]
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, system: bool) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not here")
+    path = tmp_path / "nanochat.service"
+    path.write_text(install.unit(tmp_path / "a base", 4200, system=system, user="root"))
+    mode = [] if system else ["--user"]
+    env = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+    words = ["systemd-analyze", *mode, "verify", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and str(path) not in done.stderr, done.stderr
+    assert "@" not in path.read_text().partition("[Unit]")[2]
+
+
+def test_the_unit_names_this_python_and_survives_all_it_can() -> None:
+    text = install.unit(Path("/srv/base"), 4242, system=True, user="ada")
+    (command,) = settings(text, "ExecStart")
+    api = "http://127.0.0.1:4242/api"
+    assert shlex.split(command) == [sys.executable, "-m", "flows.services", "/srv/base", api, "4242"]
+    assert settings(text, "User") == ["ada"] and settings(text, "WantedBy") == ["multi-user.target"]
+    assert settings(text, "Restart") == ["always"] and settings(text, "StartLimitIntervalSec") == ["0"]
+    assert settings(install.unit(Path("/b"), 1, system=False, user="ada"), "User") == []
+    with pytest.raises(ValueError, match="cannot stand in a systemd unit"):
+        install.unit(Path("/srv/100%"), 4200, system=False, user="ada")
+
+
+def test_a_dry_run_shows_everything_and_does_nothing(tmp_path: Path) -> None:
+    env = os.environ | {"XDG_CONFIG_HOME": str(tmp_path), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    words = [sys.executable, "-m", "flows.cli", "install-services", "--dry-run", "--user-name", "ada"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    unit = tmp_path / "systemd" / "user" / "nanochat.service"
+    for said in (
+        f"write {unit}:",
+        "Restart=always",
+        "loginctl enable-linger ada",
+        "enable --now nanochat.service",
+    ):
+        assert said in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    done = subprocess.run([*words, "--system"], capture_output=True, text=True, env=env)
+    assert "systemctl mask sleep.target" in done.stdout and "runuser -u ada" in done.stdout
+
+
+def test_steps_are_done_in_order_and_the_first_that_fails_says_why(tmp_path: Path) -> None:
+    said: list[str] = []
+    note = tmp_path / "note"
+    done = [
+        Step("a file", tmp_path / "deep" / "unit", "text"),
+        Step("a command", command=("touch", str(note))),
+    ]
+    install.install(done, said.append)
+    assert (tmp_path / "deep" / "unit").read_text() == "text" and note.exists()
+    assert said[0] == "# a file" and shlex.join(["touch", str(note)]) in said
+    with pytest.raises(ValueError, match=r"No such file.*put that right and run this again"):
+        install.install([Step("fails", command=("cat", str(tmp_path / "none")))], said.append)
+    with pytest.raises(ValueError, match="there is no frobnicatectl here; without systemd call nanochat up"):
+        install.install([Step("is not there", command=("frobnicatectl",))], said.append)
+
+
+def test_the_services_do_not_run_as_root_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(ValueError, match="installed by root"):
+        install.whom(True, "ada")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(install.getpass, "getuser", lambda: "root")
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    with pytest.raises(ValueError, match="should not run as root"):
+        install.whom(True, None)
+    monkeypatch.setenv("SUDO_USER", "ada")
+    assert install.whom(True, None) == "ada" and install.whom(False, "root") == "root"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_units_command_run_by_hand_brings_an_interrupted_run_back(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    text = install.unit(machine.base, machine.port, system=False, user="ada")
+    (command,) = settings(text, "ExecStart")
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PREFECT_HOME": str(tmp_path / "prefect")}
+    env |= dict(word.split("=", 1) for line in settings(text, "Environment") for word in shlex.split(line))
+
+    def start() -> "subprocess.Popen[bytes]":
+        """As systemd does: the unit's command, directory and environment, and nothing of ours."""
+        (cwd,) = settings(text, "WorkingDirectory")
+        return subprocess.Popen(shlex.split(command), cwd=cwd, env=env, stdout=subprocess.DEVNULL)
+
+    machine.base.mkdir()
+    try:
+        with start() as first:
+            machine.up()  # finds the unit's services there, and registers the deployments
+            run = machine.start("pretrain.steps=400")
+            until(lambda: machine.step() >= 40, 120)
+            for process in machine.processes():
+                process.send_signal(signal.SIGKILL)
+            first.wait(20)
+        reached = machine.step()
+        with start() as second:
+            until(lambda: machine.step() > reached, 200)
+            second.send_signal(signal.SIGTERM)  # systemctl stop: in order, with a checkpoint
+            second.wait(200)
+        (attempts,) = machine.base.glob("pretrain/*/attempts.jsonl")
+        events = [json.loads(line)["event"] for line in attempts.read_text().splitlines()]
+        assert events[:2] == ["started", "started"] and machine.state and run
+    finally:
+        for process in machine.processes():
+            process.kill()
+        time.sleep(0.1)
