@@ -103,7 +103,7 @@ def install(found: Sequence[Step], say: Callable[[str], object]) -> None:
             done = subprocess.run(step.command, capture_output=True, text=True, cwd=ROOT)
         except FileNotFoundError:
             raise ValueError(
-                f"there is no {step.command[0]} here; without systemd call nanochat up from what starts at boot"
+                f"there is no {step.command[0]} here; without systemd call nanochat up at boot"
             ) from None
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]

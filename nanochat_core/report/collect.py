@@ -107,7 +107,7 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
             Text(f"{size}{seen}, in {span(sum(row.result['seconds'] for row in rows.values()))} of work.")
         )
     if lines:
-        blocks.append(Table(["stage", "measure", "before", "after", "change"], lines))
+        blocks.append(Table(["stage", "measure", "before", "after", "change"], lines, names=2))
         blocks.append(Text("Of bits per byte and loss less is better, of everything else more."))
     return blocks
 
@@ -190,7 +190,7 @@ def provenance_blocks(rows: Mapping[str, Finished]) -> list[Block]:
         versions = " ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
         commit = record.get("commit")
         facts.setdefault("commit", {})[
-            f"{commit}{' with changes' if record.get('dirty') else ''}" if commit else "none"
+            f"{commit[:12]}{' with changes' if record.get('dirty') else ''}" if commit else "none"
         ] = None
         facts.setdefault("code", {})[str(record.get("code", "unknown"))] = None
         facts.setdefault("machine", {})[f"{record.get('machine', '')}, Python {record.get('python', '')}"] = (

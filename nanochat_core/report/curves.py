@@ -10,6 +10,7 @@ from typing import Any
 from nanochat_core.report.rows import read_lines
 
 CURVE_POINTS = 1500  # of one curve; more cannot be seen
+EXACT = ("learning rate, of its peak",)  # a schedule has no noise
 SMOOTH_FROM = 100  # points; a curve of more is drawn with its running mean
 PANELS = (  # of one stage's figure: key, title
     ("loss", "loss"),
@@ -96,7 +97,7 @@ def draw(found: Sequence[Panel], *, columns: int = 4) -> Any:
     figure = Figure(figsize=(3.1 * columns, 2.3 * lines), layout="constrained")
     for i, (title, points) in enumerate(found):
         axes = figure.add_subplot(lines, columns, i + 1)
-        noisy = len(points) > SMOOTH_FROM
+        noisy = len(points) > SMOOTH_FROM and title not in EXACT
         axes.plot(*zip(*points, strict=True), color="#33507a", linewidth=1.1, alpha=0.3 if noisy else 1)
         if noisy:
             axes.plot(

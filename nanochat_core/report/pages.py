@@ -17,7 +17,8 @@ h1 { font-size: 1.9rem; margin-bottom: .2rem; }
 h2 { margin-top: 2.6rem; border-bottom: 1px solid #dde2ea; padding-bottom: .3rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem; border-bottom: 1px solid #e6eaf0; text-align: right; }
-th:first-child, td:first-child, .words { text-align: left; } th { color: #5a6675; font-weight: 600; }
+th, td { white-space: nowrap; vertical-align: top; } .words { text-align: left; }
+td.words:last-child { white-space: normal; } th { color: #5a6675; font-weight: 600; }
 pre { background: #f5f7fa; padding: .8rem 1rem; border-radius: 6px; }
 pre { font-size: .85rem; white-space: pre-wrap; }
 svg { max-width: 100%; height: auto; }
@@ -30,11 +31,12 @@ class Text(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The first column holds names, the last `words` ones too; what lies between is numbers."""
+    """The first `names` columns and the last `words` ones hold text; what lies between is numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: int = 0
+    names: int = 1
 
 
 class Curve(NamedTuple):
@@ -80,9 +82,9 @@ def to_markdown(report: Report) -> str:
             match block:
                 case Text(text):
                     parts.append(text)
-                case Table(head, rows, words):
-                    numbers = len(head) - words
-                    align = ["---", *("---:" if i < numbers else "---" for i in range(1, len(head)))]
+                case Table(head, rows, words, names):
+                    numbers = range(names, len(head) - words)
+                    align = ["---:" if i in numbers else "---" for i in range(len(head))]
                     cells = [[cell.replace("|", "\\|") for cell in row] for row in [head, align, *rows]]
                     parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
                 case Curve(name, _):
@@ -100,8 +102,8 @@ def to_html(report: Report) -> str:
             match block:
                 case Text(text):
                     parts.append(f"<p>{html.escape(text)}</p>")
-                case Table(head, rows, words):
-                    parts.append(html_table(head, rows, words))
+                case Table():
+                    parts.append(html_table(block))
                 case Curve(name, svg):
                     parts.append(f"<h3>{html.escape(name)}</h3>{svg}")
                 case Quote(title, text):
@@ -126,14 +128,16 @@ def signed(value: float) -> str:
     return f"{value:+.4f}"
 
 
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+def html_table(table: Table) -> str:
+    numbers = range(table.names, len(table.head) - table.words)
+
     def line(cells: Sequence[str], tag: str) -> str:
         found = [
-            f"<{tag}{' class=words' if i >= len(cells) - words else ''}>{html.escape(cell)}</{tag}>"
+            f"<{tag}{'' if i in numbers else ' class=words'}>{html.escape(cell)}</{tag}>"
             for i, cell in enumerate(cells)
         ]
         return f"<tr>{''.join(found)}</tr>"
 
-    top = f"<thead>{line(head, 'th')}</thead>" if any(head) else ""
-    body = "".join(line(row, "td") for row in rows)
+    top = f"<thead>{line(table.head, 'th')}</thead>" if any(table.head) else ""
+    body = "".join(line(row, "td") for row in table.rows)
     return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>'
