@@ -95,26 +95,26 @@ def test_the_first_machine_waits_for_the_other_to_come_back(tmp_path: Path, seco
     one = plan(alone, "runtime.nproc=2", "pretrain.steps=60")
     launch.launch(one, "pretrain")
     two = plan(base, "runtime.nnodes=2", f"runtime.rendezvous=127.0.0.1:{free_port()}", "pretrain.steps=60")
-    gone = False
+    calls: list[object] = []
+    again: list[Second] = []
 
     def pull_the_plug(row: object) -> None:
-        nonlocal gone
-        if not gone and (plans.saved_step(two.jobs["pretrain"].path) or 0) >= 10:
-            gone = True
+        if not calls and (plans.saved_step(two.jobs["pretrain"].path) or 0) >= 10:
+            calls.append(nodes.called(base))
             kill_tree(second.process.pid)
 
-    again: list[Second] = []
+    def come_back() -> bool:
+        """Once the first has called again; it is never told to stop."""
+        if calls and not again and nodes.called(base) not in calls:
+            again.append(Second(base, tmp_path / "third.log"))
+        return False
+
     try:
-        launch.insist(
-            two,
-            "pretrain",
-            pull_the_plug,
-            stopping=lambda: gone and not again and bool(again.append(Second(base, tmp_path / "third.log"))),
-        )
+        launch.insist(two, "pretrain", pull_the_plug, stopping=come_back)
     finally:
         for machine in again:
             machine.leave()
-    assert gone and weights(two) == weights(one)
+    assert again and weights(two) == weights(one)
 
 
 def kill_tree(pid: int) -> None:
