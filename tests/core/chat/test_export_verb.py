@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 
 from flows import cli
 from nanochat_core.chat.load import load_chat
@@ -102,7 +102,7 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             self.private.append(asked.get("private") or asked.get("visibility") == "private")
-            self._answer({"url": f"http://hub/me/{asked['name']}", "name": f"me/{asked['name']}"})
+            self._answer({"url": f"{constants.ENDPOINT}/me/{asked['name']}", "name": f"me/{asked['name']}"})
         elif self.path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
@@ -115,7 +115,9 @@ class Hub(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            self._answer({"commitUrl": "http://hub/me/x/commit/1", "commitOid": "1", "success": True})
+            self._answer(
+                {"commitUrl": f"{constants.ENDPOINT}/me/x/commit/1", "commitOid": "1", "success": True}
+            )
 
     def _chunks(self) -> bytes:
         body = b""
@@ -144,18 +146,15 @@ def hub(monkeypatch) -> Iterator[type[Hub]]:
         pass
 
     Handler.files, Handler.private = {}, []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(huggingface_hub.hf_api.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent/token")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent/token")
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
-    yield Handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield Handler
+        server.shutdown()
+        thread.join()
 
 
 def test_an_export_is_sent_to_the_hub_by_its_own_client(
@@ -164,7 +163,7 @@ def test_an_export_is_sent_to_the_hub_by_its_own_client(
     target = tmp_path / "out"
     directory = trained(random_model("seed"))
     code, said = export(directory, target, "--push", "me/x")
-    assert code == 0 and said.splitlines()[-1] == "sent to http://hub/me/x", said
+    assert code == 0 and said.splitlines()[-1] == f"sent to {constants.ENDPOINT}/me/x", said
     assert set(hub.files) == {path.name for path in target.iterdir()} and hub.private == [True]
     assert hub.files["config.json"] == (target / "config.json").read_bytes()
     assert hub.files["model.safetensors"] == (target / "model.safetensors").read_bytes()
