@@ -5,8 +5,8 @@
 The first peer stacks the candidates of one example into a batch and takes the logits of every position. The
 second is lm-eval's Hugging Face backend, given the same texts as loglikelihood requests and the same weights,
 exported as transformers' NanoChat, at several batch sizes; our own harness over that same transformers model
-stands beside it. Random weights of a d4 with nanochat's vocabulary. The answers are compared, and a ratio is the
-median over the rounds, in which all take turns. One thread.
+stands beside it. Random weights of a d4 with nanochat's vocabulary. The answers are compared, and a ratio is
+the median over the rounds, in which all take turns. One thread.
 """
 
 import argparse

@@ -50,6 +50,7 @@ WORK = (
         "mid_eval",
         chat_eval,
         reads={"model": "mid", "tokenizer": "tokenizer", "assets": "assets"},
+        ranks="all",
         device=True,
     ),
     Stage(
@@ -63,6 +64,7 @@ WORK = (
         "sft_eval",
         chat_eval,
         reads={"model": "sft", "tokenizer": "tokenizer", "assets": "assets"},
+        ranks="all",
         device=True,
     ),
     Stage(
@@ -73,7 +75,11 @@ WORK = (
         device=True,
     ),
     Stage(
-        "rl_eval", chat_eval, reads={"model": "rl", "tokenizer": "tokenizer", "assets": "assets"}, device=True
+        "rl_eval",
+        chat_eval,
+        reads={"model": "rl", "tokenizer": "tokenizer", "assets": "assets"},
+        ranks="all",
+        device=True,
     ),
     Stage(
         "export",

@@ -40,32 +40,36 @@ def evaluate_task(
     top_k: int | None = None,
     max_tokens: int = 256,
     seed: int = 0,
+    rank: int = 0,
+    size: int = 1,
     progress: Answered | None = None,
 ) -> list[Answer]:
-    """Answer the first `problems` of a task."""
-    asked = [task[i] for i in range(min(problems if problems is not None else len(task), len(task)))]
-    if not asked:
+    """Answer the first `problems` of a task, or every `size`-th of them from `rank` on."""
+    wanted = min(problems if problems is not None else len(task), len(task))
+    if not wanted:
         raise ValueError(f"the task {task.name} has no problems to answer")
+    mine = range(rank, wanted, size)
+    asked = [task[i] for i in mine]
     if task.kind == "categorical":
         letters = choose(engine.model, engine.tokenizer, asked)
         return [
             Answer(i, [task.correct(problem, letter)], [letter])
-            for i, (problem, letter) in enumerate(zip(asked, letters, strict=True))
+            for i, problem, letter in zip(mine, asked, letters, strict=True)
         ]
     answers: list[Answer] = []
     chunk = max(1, 4 * engine.max_rows // samples)  # enough to keep the rows busy, and progress visible
     for start in range(0, len(asked), chunk):
         part = asked[start : start + chunk]
         sampling = [
-            Sampling(temperature, top_k=top_k, max_tokens=max_tokens, seed=sample_seed(seed, start + i, j))
-            for i in range(len(part))
+            Sampling(temperature, top_k=top_k, max_tokens=max_tokens, seed=sample_seed(seed, i, j))
+            for i in mine[start : start + chunk]
             for j in range(samples)
         ]
         prompts = [render_for_completion(engine.tokenizer, problem) for problem in part]
         done = engine.complete([prompt for prompt in prompts for _ in range(samples)], sampling)
-        for i, problem in enumerate(part):
-            said = [said_by(engine.tokenizer, c) for c in done[i * samples : (i + 1) * samples]]
-            answers.append(Answer(start + i, [task.correct(problem, words) for words in said], said))
+        for k, (i, problem) in enumerate(zip(mine[start : start + chunk], part, strict=True)):
+            said = [said_by(engine.tokenizer, c) for c in done[k * samples : (k + 1) * samples]]
+            answers.append(Answer(i, [task.correct(problem, words) for words in said], said))
         if progress is not None:
             progress(len(answers))
     return answers

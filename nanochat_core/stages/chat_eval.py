@@ -55,10 +55,11 @@ def run(cfg: Config, job: Job) -> Metrics:
         engine = Engine(model, tokenizer, max_rows=job.runtime.device_batch.get(job.stage, 64))
         for i, task in enumerate(tasks):
             done = partial / f"{task.name.replace('/', '-')}.jsonl"
-            if done.is_file():
-                found = [chat.Answer(**json.loads(line)) for line in done.read_text().splitlines()]
+            if world.any(world.is_first and done.is_file()):
+                lines = done.read_text().splitlines() if world.is_first else []
+                found = [chat.Answer(**json.loads(line)) for line in lines]
             else:
-                found = chat.evaluate_task(
+                share = chat.evaluate_task(
                     engine,
                     task,
                     samples=cfg.samples,
@@ -66,7 +67,13 @@ def run(cfg: Config, job: Job) -> Metrics:
                     top_k=cfg.top_k,
                     max_tokens=cfg.max_tokens,
                     seed=cfg.seed,
+                    rank=world.rank,
+                    size=world.size,
                 )
+                found = sorted(world.gather(share))
+            if not world.is_first:
+                continue
+            if not done.is_file():
                 write_whole(done, "".join(json.dumps(answer._asdict()) + "\n" for answer in found))
             write_whole(answers / done.name, done.read_bytes())
             value = chat.accuracy(found)
@@ -76,6 +83,8 @@ def run(cfg: Config, job: Job) -> Metrics:
                 metrics |= {f"{task.name}_pass_at_{k}": p for k, p in chat.passes(found, cfg.samples).items()}
             job.record(step=i + 1, steps=len(tasks), **{f"chat/{task.name}": value})
             print(f"{task.name}: {value:.4f} of {len(found)}", flush=True)
+        if not world.is_first:
+            return {}
     scores: Metrics = {"chatcore": sum(gains.values()) / len(gains)}
     if len(gains) > len(FIVE) and set(FIVE) <= set(gains):
         scores["chatcore_5"] = sum(gains[name] for name in FIVE) / len(FIVE)

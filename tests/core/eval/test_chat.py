@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from nanochat_core.data import tasks
 from nanochat_core.data.tasks import load_task
@@ -15,13 +17,14 @@ from nanochat_core.data.tasks.base import Rows, dialogue
 from nanochat_core.eval import chat, core
 from nanochat_core.infer.engine import Completion, Engine
 from nanochat_core.infer.sampling import Sampling
-from nanochat_core.model.gpt import GPT, write_config
+from nanochat_core.model.gpt import GPT, load_model, write_config
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.stage import Job, Runtime
 from nanochat_core.stages import assets, base_eval, chat_eval
-from nanochat_core.tokenizer.bpe import Tokenizer, train
+from nanochat_core.tokenizer.bpe import Tokenizer, load_tokenizer, train
 from nanochat_core.tokenizer.chat import render_for_completion
 from nanochat_core.train.checkpoint import save_model
+from nanochat_core.train.ranks import World
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,35 @@ def test_real_answers_do_not_depend_on_the_batch(tokenizer: Tokenizer, model: GP
     wide = chat.evaluate_task(Engine(model, tokenizer, max_rows=12), task, **options)
     narrow = chat.evaluate_task(Engine(model, tokenizer, max_rows=1), task, **options)
     assert wide == narrow
+
+
+def on_one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    world = World(rank, 2, torch.device("cpu"), torch.float32)
+    engine = Engine(load_model(Path(folder)), load_tokenizer(Path(folder)), max_rows=4)
+    for name in ("word_problems", "choices"):
+        share = chat.evaluate_task(engine, load_task(name, "test", size=5), rank=rank, size=2, **ASKED)
+        assert len(share) == 3 - rank
+        found = [answer._asdict() for answer in sorted(world.gather(share))]
+        (Path(folder) / f"{name}-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+ASKED: dict[str, Any] = {"temperature": 1.0, "max_tokens": 12, "samples": 2}
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_answers_of_one(tokenizer: Tokenizer, model: GPT, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    write_config(tmp_path, model.config, tokenizer.fingerprint)
+    save_model(tmp_path, model)
+    mp.spawn(on_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    for name in ("word_problems", "choices"):
+        alone = chat.evaluate_task(Engine(model, tokenizer), load_task(name, "test", size=5), **ASKED)
+        for rank in (0, 1):
+            found = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            assert [chat.Answer(**answer) for answer in found] == alone
 
 
 def test_the_evaluation_stages_run_and_go_on_after_a_kill(
