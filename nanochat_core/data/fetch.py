@@ -159,7 +159,8 @@ def fetch_one(
         mark = mark if failures else size
         if failures == ATTEMPTS:
             raise ValueError(
-                f"{remote.url} could not be fetched in {ATTEMPTS} attempts: {again}; the same command goes on"
+                f"{remote.url} could not be fetched in {ATTEMPTS} attempts: {again}; the same command goes "
+                f"on, or bring it by hand to {remote.path}"
             )
         wait(
             min(

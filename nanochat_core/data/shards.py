@@ -181,11 +181,14 @@ def remotes(urls: Sequence[str], root: Path) -> list[Remote]:
     return files
 
 
-def from_filesystem(url: str, root: Path, count: int | None, *, workers: int, offline: bool) -> Shards:
-    """A folder on any file system that fsspec knows (s3://, gs://, ...), copied here."""
+def from_filesystem(
+    urls: Sequence[str], root: Path, count: int | None, *, workers: int, offline: bool
+) -> Shards:
+    """Folders or files on any file system that fsspec knows (s3://, gs://, ...), copied here."""
+    url = ", ".join(urls)
     if offline:
         raise ValueError(f"NANOCHAT_OFFLINE is set: copy the files of {url} to a folder and name that")
-    files = find(url)
+    files = [file for each in urls for file in find(each)]
     parquet = [file for file in files if kind(file.url) == ".parquet"]
     if not files:
         raise ValueError(f"{url} holds no .parquet, .jsonl or .txt file")
@@ -193,6 +196,8 @@ def from_filesystem(url: str, root: Path, count: int | None, *, workers: int, of
         raise ValueError(f"{url} holds one parquet file: the last is for validation, so two are needed")
     wanted = [*parquet[:-1][:count], parquet[-1]] if parquet else files
     folder = root / folder_of(f"{url.rstrip('/')}/")
+    if len({file.url for file in files}) < len(files):
+        raise ValueError(f"{url}: a file is named twice: the validation file must not be trained on")
     above = os.path.commonpath([PurePosixPath(file.url).parent for file in wanted])
     paths = [folder / PurePosixPath(file.url).relative_to(above) for file in wanted]
     with locked(folder.with_name(folder.name + ".lock")), ThreadPoolExecutor(workers) as pool:

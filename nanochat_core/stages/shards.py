@@ -23,12 +23,8 @@ class Config(Recipe):
     def _bounded(self) -> "Config":
         if self.source in HUB and self.count is None:
             raise ValueError(f"{self.source} has thousands of shards: set count")
-        if isinstance(self.source, tuple) and not all(
-            u.startswith(("http://", "https://")) for u in self.source
-        ):
-            raise ValueError(
-                "a list of sources is a list of http(s) URLs of parquet files; name one local folder"
-            )
+        if isinstance(self.source, tuple) and not all("://" in url for url in self.source):
+            raise ValueError("a list of sources is a list of URLs; of local folders name one")
         if self.source in ((), ""):
             raise ValueError("source is empty")
         if self.max_chars is not None and self.source != "embedded":
@@ -51,7 +47,7 @@ def urls(cfg: Config) -> list[str]:
     if isinstance(cfg.source, str) and cfg.source in HUB:
         return hub_urls(cfg.source, cfg.count or 0, cfg.revision)
     listed = (cfg.source,) if isinstance(cfg.source, str) else cfg.source
-    if not listed[0].startswith(("http://", "https://")):
+    if not all(url.startswith(("http://", "https://")) for url in listed):
         return []
     return [*listed[:-1][: cfg.count], listed[-1]]
 
@@ -79,10 +75,11 @@ def run(cfg: Config, job: Job) -> Metrics:
             offline=offline(),
             progress=lambda n, of: job.record(step=n, steps=of),
         )
-    elif isinstance(cfg.source, str) and "://" in cfg.source:
-        found = shards.from_filesystem(cfg.source, root, cfg.count, workers=cfg.workers, offline=offline())
+    elif isinstance(cfg.source, tuple) or "://" in cfg.source:
+        places = (cfg.source,) if isinstance(cfg.source, str) else cfg.source
+        found = shards.from_filesystem(places, root, cfg.count, workers=cfg.workers, offline=offline())
     else:
-        folder = Path(str(cfg.source)).expanduser()
+        folder = Path(cfg.source).expanduser()
         job.made_from(folder, SUFFIXES + PACKED)
         found = shards.local(folder, root)
     found = Shards(found.train[: cfg.count], found.validation)

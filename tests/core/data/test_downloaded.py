@@ -163,6 +163,24 @@ def test_text_on_another_file_system_is_copied_once_and_again_where_it_changed(t
     there.rm("/bucket", recursive=True)
 
 
+def test_a_list_of_urls_of_any_kind_keeps_its_order(tmp_path: Path) -> None:
+    import fsspec
+
+    there = fsspec.filesystem("memory")
+    for name in ("c", "a", "b"):
+        write_shard(tmp_path / f"{name}.parquet", [f"document {name}"])
+        there.put(str(tmp_path / f"{name}.parquet"), f"/list/{name}/x.parquet")
+    cfg = shards.Config(source=("memory://list/c/x.parquet", "memory://list/a", "memory://list/b/x.parquet"))
+    made = job(tmp_path / "base", "shards", cfg)
+    shards.run(cfg, made)
+    assert list(texts(made.path, "train")) == ["document c", "document a"]
+    assert list(texts(made.path, "validation")) == ["document b"]
+    cfg = shards.Config(source=("memory://list/c/x.parquet", "memory://list"))
+    with pytest.raises(ValueError, match="a file is named twice"):
+        shards.run(cfg, job(tmp_path / "base", "shards", cfg))
+    there.rm("/list", recursive=True)
+
+
 def test_a_folder_of_ones_own_is_watched_for_changes(tmp_path: Path) -> None:
     from nanochat_core import store
 
