@@ -62,6 +62,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+def angles(config: GPTConfig) -> Tensor:
+    """How far each pair of channels turns at each position (P, D/2). Ten times the trained length, as
+    upstream has it: chat may run past the window it was trained in."""
+    D = config.head_dim
+    inverse = config.rope_base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
+    return torch.arange(10 * config.sequence_len, dtype=torch.float32)[:, None] * inverse
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -218,13 +226,9 @@ class GPT(nn.Module):
 
     def rope(self, positions: Tensor | None, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, (1, 1, T, D/2) from position 0, or (B, 1, T, D/2) at given positions (B, T)."""
-        D = self.config.head_dim
         if self._rope is None or self._rope[0].device != device:
-            inverse = self.config.rope_base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
-            # Ten times the trained length, as upstream has it: chat may run past the window it was trained
-            # in.
-            angles = torch.arange(10 * self.config.sequence_len, dtype=torch.float32)[:, None] * inverse
-            self._rope = (angles.cos().to(device), angles.sin().to(device))
+            turns = angles(self.config)
+            self._rope = (turns.cos().to(device), turns.sin().to(device))
         cos, sin = self._rope
         if positions is None:
             cos, sin = cos[None, None, :T], sin[None, None, :T]

@@ -1,10 +1,13 @@
 """The engine gives what the naive full forward gives, for any mix of requests."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
+from nanochat_core.infer import engine as engine_module
+from nanochat_core.infer.decoder import Decoder
 from nanochat_core.infer.engine import Completion, Engine
 from nanochat_core.infer.sampling import Sampler, Sampling, uniforms
 from nanochat_core.infer.tool_use import ToolCalls
@@ -67,8 +70,7 @@ def test_cached_generation_matches_full_forward_for_any_mix(arch, max_rows, buil
 
 @pytest.mark.parametrize("arch", ["seed", "modern"])
 def test_prompts_longer_than_a_chunk_are_read_in_pieces(arch, build, tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr("nanochat_core.infer.engine.CHUNK_ALONE", 20)
-    monkeypatch.setattr("nanochat_core.infer.engine.CHUNK_SHARED", 6)
+    monkeypatch.setitem(engine_module.CHUNKS, "cpu", (20, 6))
     model = build(arch)
     prompts, samplings = requests(12, seed=5, vocab=tokenizer.vocab_size)
     answers = Engine(model, tokenizer, max_rows=4).complete(prompts, samplings)
@@ -95,16 +97,79 @@ def test_requests_join_and_leave_a_running_batch(build, tokenizer) -> None:
             assert request.completion() == expected
 
 
-def test_a_shared_prompt_is_read_once(build, tokenizer) -> None:
-    model = build()
-    seen: list[int] = []
-    model.wte.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
-    engine = Engine(model, tokenizer, max_rows=32)
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """How many tokens each pass of a decoder has read."""
+    sizes: list[int] = []
+    original = Decoder.read
+
+    def noted(self: Decoder, tokens: list[int], *rest: Any) -> torch.Tensor:
+        sizes.append(len(tokens))
+        return original(self, tokens, *rest)
+
+    monkeypatch.setattr(Decoder, "read", noted)
+    return sizes
+
+
+@pytest.mark.parametrize("arch", ["seed", "modern"])
+def test_a_shared_prompt_is_read_once(arch, build, tokenizer, read) -> None:
+    model = build(arch)
+    engine = Engine(model, tokenizer, max_rows=32, tools=False)
+    prompts = [list(range(40))] * 16 + [list(range(100, 130))] * 16
     samplings = [Sampling(temperature=1.0, seed=i, max_tokens=3) for i in range(32)]
-    answers = engine.complete([list(range(40))] * 16 + [list(range(30))] * 16, samplings)
-    assert seen[0] == 2 * 40  # two prompts, padded to the longer one
-    assert all(n <= 32 for n in seen[1:])
+    answers = engine.complete(prompts, samplings)
+    assert read[0] == 40 + 30  # each of the two once
+    assert read[1] <= 2 + 30  # everyone else reads its last token only, for the logits after it
     assert len({tuple(a.ids) for a in answers[:16]}) > 8  # their first tokens differ too
+    for prompt, sampling, answer in zip(prompts, samplings, answers, strict=True):
+        assert answer == naive(model, tokenizer, prompt, sampling, tools=False)
+
+
+@pytest.mark.parametrize("arch", ["seed", "modern"])
+def test_a_common_beginning_is_read_once(arch, build, tokenizer, read) -> None:
+    model = build(arch)
+    engine = Engine(model, tokenizer, max_rows=8, tools=False)
+    system = list(range(50, 80))
+    prompts = [[*system, *ending] for ending in ([1, 2, 3], [9], [4, 4, 4, 4, 5])]
+    answers = engine.complete(prompts, Sampling(max_tokens=4))
+    assert read[:2] == [33, 1 + 1 + 5]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == naive(model, tokenizer, prompt, Sampling(max_tokens=4), tools=False)
+
+
+@pytest.mark.parametrize("arch", ["seed", "modern"])
+def test_the_next_turn_reads_only_what_is_new(arch, build, tokenizer, read) -> None:
+    model = build(arch)
+    engine = Engine(model, tokenizer, max_rows=1, tools=False)
+    sampling = Sampling(temperature=1.0, seed=4, max_tokens=6)
+    prompt = list(range(30))
+    new = len(prompt)
+    for _ in range(3):
+        read.clear()
+        (answer,) = engine.complete([prompt], sampling)
+        assert answer == naive(model, tokenizer, prompt, sampling, tools=False)
+        assert read[0] == new
+        prompt = [*prompt, *answer.ids, 7, 8, 9]
+        new = 3 if answer.ended else 4  # the token that filled the room was never read
+
+
+def test_newcomers_are_read_in_the_passes_of_those_who_run(build, tokenizer, read) -> None:
+    engine = Engine(build(), tokenizer, max_rows=4, tools=False)
+    first = engine.submit([1, 2], Sampling(max_tokens=90))
+    engine.step()
+    second = engine.submit(list(range(20)), Sampling(max_tokens=2))
+    engine.step()
+    assert read == [2, 1 + 20]
+    assert len(first.ids) == 2 and len(second.ids) == 1
+
+
+def test_a_request_has_its_own_stop_tokens(parrot, tokenizer) -> None:
+    engine = Engine(parrot([1, 2, 3, 4, 5]), tokenizer)
+    plain, stopped = engine.complete(
+        [[1], [1]], [Sampling(max_tokens=3), Sampling(max_tokens=3, stop=(3, 4))]
+    )
+    assert plain == Completion([2, 3, 4], [1, 1, 1], False)
+    assert stopped == Completion([2], [1], True)
 
 
 def test_a_tool_call_is_answered_in_place_and_masked(parrot, tokenizer) -> None:
@@ -177,7 +242,7 @@ def test_a_training_model_can_sample_and_go_on_training(build, tokenizer) -> Non
 
 
 def test_a_model_that_computes_in_bf16_follows_its_master_weights(build, tokenizer) -> None:
-    model = build("modern", n_embd=64)
+    model = build("modern", n_embd=64).requires_grad_(True)
     model.compute_dtype = torch.bfloat16
     engine = Engine(model, tokenizer, tools=False)
     for _ in range(2):

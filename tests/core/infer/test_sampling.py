@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat_core.infer.sampling import Sampler, Sampling, uniforms
+from nanochat_core.infer.sampling import Sampler, Sampling, _top, best, uniforms
 
 CPU = torch.device("cpu")
 
@@ -73,3 +73,31 @@ def test_a_row_draws_the_same_token_whoever_is_beside_it() -> None:
 def test_the_first_random_numbers_do_not_depend_on_how_many_are_drawn() -> None:
     for n in (1, 7, 16, 100):
         assert torch.equal(uniforms(5, n), uniforms(5, 1000)[:n])
+
+
+@pytest.mark.parametrize("vocab", [5, 128, 300, 1024])
+def test_blocks_find_what_the_whole_vocabulary_would(vocab: int) -> None:
+    logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(1)).round(decimals=1)  # with ties
+    assert torch.equal(best(logits), logits.argmax(1))
+    for k in (1, 3, 50):
+        values, ids = _top(logits, min(k, vocab))
+        assert torch.equal(values, logits.topk(min(k, vocab), dim=1).values)
+        assert torch.equal(logits.gather(1, ids), values)
+        assert all(len(set(row)) == len(row) for row in ids.tolist())
+
+
+@pytest.mark.parametrize("vocab", [300, 1024])
+def test_drawing_from_many_blocks_follows_softmax(vocab: int) -> None:
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)) * 2
+    found = frequencies(logits, Sampling(temperature=1.0), 100_000)
+    torch.testing.assert_close(found, logits.softmax(0), atol=0.005, rtol=0)
+    assert found.shape == (vocab,)
+
+
+def test_a_softcap_changes_probabilities_as_tanh_does() -> None:
+    logits = torch.tensor([30.0, 20.0, 5.0, -40.0])
+    uniform = uniforms(1, 20_000)
+    sampler = Sampler([Sampling(temperature=1.0)] * len(uniform), CPU, cap=15.0)
+    tokens = sampler(logits.expand(len(uniform), -1), uniform)
+    expected = (15 * torch.tanh(logits / 15)).softmax(0)
+    torch.testing.assert_close(torch.bincount(tokens, minlength=4) / 20_000, expected, atol=0.015, rtol=0)
