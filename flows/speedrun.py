@@ -120,7 +120,7 @@ def speedrun(
 
     with (
         present(root, str(runtime.flow_run.id)),
-        following(plan, log.warning) as copies,
+        following(plan, screen.say if screen else log.warning) as copies,
         Cancellation() as cancellation,
     ):
         for repairs_left in reversed(range(REPAIRS)):

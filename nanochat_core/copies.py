@@ -24,7 +24,7 @@ REMIND_SECONDS = 3600.0  # between two words about the same trouble
 LAST_TRIES = 3  # at a run's end
 
 
-def bring(plan: Plan, name: str, lock: Path, tell: Tell = lambda text: print(text, flush=True)) -> None:
+def bring(plan: Plan, name: str, lock: Path, tell: Tell) -> None:
     """Fetch what the mirror has of a row and this machine has not: its artefact, or a later checkpoint."""
     mirror, job = of(plan.runtime), plan.jobs[name]
     if mirror is None:

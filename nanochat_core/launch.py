@@ -92,7 +92,9 @@ def launch(
     """
     job = plan.jobs[name]
     if pending(plan, name, rerun) and not forced(plan, name, rerun):
-        copies.bring(plan, name, lock_path(plan.runtime.base_dir, name, job.fingerprint))
+        beginning = {"step": 0, "steps": 1, "time": time.time()}
+        lock = lock_path(plan.runtime.base_dir, name, job.fingerprint)
+        copies.bring(plan, name, lock, lambda text: watch(beginning | {"note": text}))
     if not pending(plan, name, rerun):
         return result_of(job.path)
     again = rerun_path(job)

@@ -189,7 +189,7 @@ class Mirror:
         except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
             return None  # not there, or cut off by a power cut at the other end: files come before their list
         known = isinstance(found, dict) and "files" in found and found.get("format", 0) <= store.FORMAT
-        return found if known else None
+        return found if known and found.get("seal", store.seal(found)) == store.seal(found) else None
 
     def _steps(self, job: Job) -> list[int]:
         try:

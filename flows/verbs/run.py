@@ -40,6 +40,7 @@ def run(
 ) -> None:
     """Run a profile's whole pipeline here and now; what is done already is not done again."""
     from flows import server
+    from nanochat_core.copies import following
     from nanochat_core.launch import StageFailed, made_by
     from nanochat_core.plan import explain, remember
     from nanochat_core.stage import Interrupted
@@ -50,8 +51,10 @@ def run(
     token = str(uuid.uuid4())
     try:
         if all(verdict.state == "hit" for verdict in verdicts.values()) and not server.configured():
-            remember(plan)  # nothing to do, and nobody to tell
+            remember(plan)  # nothing to do, and nobody to tell but the mirror
             say(f"cached     {', '.join(plan.jobs)}")
+            with following(plan, say) as copies:
+                copies.finish()
         else:
             server.prepare(plan.runtime.base_dir)
             from flows.speedrun import run_here

@@ -17,6 +17,7 @@ from toys import Toy
 
 from nanochat_core import copies, launch, mirror, store
 from nanochat_core import plan as plans
+from nanochat_core.progress import is_progress
 
 BUCKET = "runs"
 
@@ -143,26 +144,30 @@ def spoil(held: mirror.Mirror, path: str, change: Callable[[bytes], bytes]) -> N
     held.fs.pipe_file(path, change(held.fs.cat_file(path)))
 
 
-def test_damage_and_half_uploads_there_are_not_believed(
-    mirrored: tuple[plans.Plan, plans.Plan], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damage_and_half_uploads_there_are_not_believed(mirrored: tuple[plans.Plan, plans.Plan]) -> None:
     here, there = mirrored
     held = mirror.of(there.runtime)
     assert held is not None
     root = f"{held.root}/pretrain/{there.jobs['pretrain'].fingerprint}"
     spoil(held, f"{root}/model.safetensors", lambda data: bytes([data[0] ^ 1]) + data[1:])  # one bit
     launch.launch(there, "shards")
-    launch.launch(there, "pretrain")
-    assert "pretrain could not be fetched" in capsys.readouterr().out
+    rows: list[dict[str, Any]] = []
+    launch.launch(there, "pretrain", rows.append)
+    assert "pretrain could not be fetched" in rows[0]["note"] and is_progress(rows[0])
     assert store.read_attempts(there.jobs["pretrain"].path)[-1]["event"] == "finished"  # so it was made here
     assert (there.jobs["pretrain"].path / "model.safetensors").read_bytes() == (
         here.jobs["pretrain"].path / "model.safetensors"
     ).read_bytes()
-    spoil(held, f"{held.root}/mid/{there.jobs['mid'].fingerprint}/result.json", lambda data: data[:-40])
-    assert plans.judge(there, "mid", {}).state == "run"
+    listed = f"{held.root}/mid/{there.jobs['mid'].fingerprint}/result.json"
+    whole = held.fs.cat_file(listed)
+    for half in (whole[:-40], whole.replace(b'"sha256": "', b'"sha256": "0'), b"[]", b"\xff\xfe"):
+        held.fs.pipe_file(listed, half)
+        assert plans.judge(there, "mid", {}).state == "run"
     held.fs.rm(f"{held.root}/sft/{there.jobs['sft'].fingerprint}/model.safetensors")
-    copies.bring(there, "sft", launch.lock_path(there.runtime.base_dir, "sft", there.jobs["sft"].fingerprint))
-    assert "model.safetensors is missing" in capsys.readouterr().out
+    said: list[str] = []
+    lock = launch.lock_path(there.runtime.base_dir, "sft", there.jobs["sft"].fingerprint)
+    copies.bring(there, "sft", lock, said.append)
+    assert "model.safetensors is missing" in said[0]
     assert not there.jobs["sft"].path.exists()
 
 
@@ -184,10 +189,10 @@ def test_a_later_result_is_not_overwritten_by_an_earlier_one(
     held, job = mirror.of(here.runtime), here.jobs["pretrain"]
     assert held is not None
     mine = json.loads((job.path / "result.json").read_text())
-    store.write_json(job.path / "result.json", mine | {"finished": "2001-01-01T00:00:00Z"})
-    assert not held.push(job)
-    store.write_json(job.path / "result.json", mine | {"finished": "2999-01-01T00:00:00Z"})
-    assert held.push(job)
+    for year, sent in (("2001", False), ("2999", True)):
+        other = mine | {"finished": f"{year}-01-01T00:00:00Z"}
+        store.write_json(job.path / "result.json", other | {"seal": store.seal(other)})
+        assert held.push(job) == sent
 
 
 def test_a_mirror_that_is_away_costs_words_and_not_the_run(
