@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nanochat_core.data.documents import shard_list, texts
+from nanochat_core.data.repackage import Wanted, repackage
 from nanochat_core.data.shards import write_shard
 from nanochat_core.data.tasks import load_task
 from nanochat_core.stage import Job, Runtime
@@ -224,3 +225,37 @@ def test_the_commit_that_the_hub_names_is_kept(served: tuple[Path, str], tmp_pat
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@pytest.mark.slow
+def test_shards_and_repackage_read_from_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moto = pytest.importorskip("moto.server")
+    fsspec = pytest.importorskip("fsspec")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ("ACCESS_KEY_ID", "test"),
+        ("SECRET_ACCESS_KEY", "test"),
+        ("DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    settings = {"endpoint_url": f"http://{host}:{port}"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", settings)
+    try:
+        bucket = fsspec.filesystem("s3", **settings)
+        bucket.mkdir("mine")
+        for i in range(3):
+            write_shard(tmp_path / f"{i}.parquet", [f"document {i} {j}" for j in range(50)])
+            bucket.put_file(str(tmp_path / f"{i}.parquet"), f"mine/text/{i}.parquet")
+        cfg = shards.Config(source="s3://mine/text", count=1)
+        made = job(tmp_path / "base", "shards", cfg)
+        shards.run(cfg, made)
+        assert [shard.name for shard in shard_list(made.path).train] == ["0.parquet"]
+        assert [text.split()[1] for text in texts(made.path, "validation")] == ["2"] * 50
+        out = tmp_path / "out"
+        repackaged = repackage(Wanted("s3://mine/text/*.parquet"), out)
+        assert sum(shard.rows for shard in repackaged.train + repackaged.validation) == 150
+        assert repackage(Wanted("s3://mine/text/*.parquet"), out) == repackaged
+    finally:
+        server.stop()
