@@ -88,10 +88,10 @@ def model(parrot, tokenizer):
 
 
 @pytest.fixture
-def slow(model, monkeypatch) -> None:
+def slow(monkeypatch) -> None:
     """Ten seconds for 1,200 tokens, so that there is time to leave."""
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *args: time.sleep(0.008) or hidden(*args))
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda engine: time.sleep(0.008) or step(engine))
 
 
 @pytest.fixture
@@ -100,9 +100,14 @@ def running(model, tokenizer) -> Iterator[Callable[..., httpx.Client]]:
     with contextlib.ExitStack() as stack:
 
         def run(
-            *, rows: int = 4, context: int = 1280, token: str | None = None, **limits: float
+            *,
+            rows: int = 4,
+            context: int = 1280,
+            token: str | None = None,
+            of: GPT | None = None,
+            **limits: float,
         ) -> httpx.Client:
-            engine = Engine(model, tokenizer, max_rows=rows, context=context)
+            engine = Engine(of or model, tokenizer, max_rows=rows, context=context)
             app = create_app(engine, "tiny", token=token, limits=Limits(**limits), facts=about(model))
             listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)

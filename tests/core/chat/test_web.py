@@ -16,6 +16,7 @@ import uvicorn
 from nanochat_core.chat.load import Loaded
 from nanochat_core.chat.page import PAGE
 from nanochat_core.chat.web import serve
+from nanochat_core.infer.engine import Engine
 
 LONG = {"role": "user", "content": "go on"}
 CALL = {"type": "python", "text": "1"}
@@ -241,9 +242,9 @@ def test_the_page_never_turns_text_into_markup_and_loads_nothing() -> None:
     assert not re.findall(r"(?:src|href)=\"(?!data:)", html)
 
 
-def test_an_engine_that_fails_says_so_and_serves_no_more(running, model, monkeypatch) -> None:
+def test_an_engine_that_fails_says_so_and_serves_no_more(running, monkeypatch) -> None:
     client = running()
-    monkeypatch.setattr(model, "hidden", lambda *_: 1 / 0)
+    monkeypatch.setattr(Engine, "step", lambda _: 1 / 0)
     failed = client.post("/v1/chat/completions", json=ASK)
     assert failed.status_code == 503 and "ZeroDivisionError" in failed.json()["error"]["message"]
     assert client.post("/v1/chat/completions", json=ASK).status_code == 503
