@@ -17,9 +17,7 @@ def core(
     bundle: Annotated[
         Path | None, typer.Option(metavar="DIR", help="CORE's files; else those of the latest run")
     ] = None,
-    max_per_task: Annotated[
-        int | None, typer.Option(min=1, help="examples of each task; all of them")
-    ] = None,
+    max_per_task: Annotated[int | None, typer.Option(min=1, help="examples of each task; else all")] = None,
     device: Device = "auto",
     out: Annotated[
         Path | None,

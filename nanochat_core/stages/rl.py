@@ -25,13 +25,13 @@ class Config(Training):
     eval_problems: int = Field(400, ge=1)  # of the task's test split
     eval_samples: int = Field(8, ge=1)  # of each, at the training temperature: pass@2, 4 and 8
     # The collapse monitor sets the mean of the last `watch` steps beside the examination at step 0. It ends
-    # the stage where a limit is passed; the model that did best when examined is kept. None lifts a limit.
+    # the stage where a limit is passed; the model that did best when examined is kept.
     watch: int = Field(20, ge=1)  # 320 questions: at a reward of .1 three standard errors are .05
-    reward_drop: float | None = Field(0.5, gt=0, lt=1)  # what has lost half of its best does not find back
-    entropy_low: float | None = Field(0.05, ge=0)  # of the start's, and no more reward: one answer to all
-    entropy_high: float | None = Field(4.0, gt=1)  # of the start's: the wording falls apart
-    length_low: float | None = Field(0.25, gt=0, lt=1)  # of the start's: answers that say nothing
-    unfinished_rise: float | None = Field(0.5, gt=0, lt=1)  # more of the answers than at the start never end
+    reward_drop: float = Field(0.5, gt=0, le=1)  # what has lost half of its best does not find back
+    entropy_low: float = Field(0.05, ge=0)  # of the start's, and no more reward: one answer to all
+    entropy_high: float = Field(4.0, gt=1)  # of the start's: the wording falls apart
+    length_low: float = Field(0.25, ge=0, lt=1)  # of the start's: answers that say nothing
+    unfinished_rise: float = Field(0.5, gt=0, le=1)  # more of the answers than at the start never end
     scale_rates: bool = False  # the batch is not counted in tokens here
     lr_fraction: float = 0.05
     weight_decay: float = 0.0

@@ -30,17 +30,17 @@ class Limits:
     window: int
     questions: int  # a step: what the reward's noise depends on
     problems: int  # an examination
-    reward_drop: float | None  # share of the best that may be lost
-    entropy_low: float | None  # of the entropy at the start
-    entropy_high: float | None
-    length_low: float | None  # of the length at the start
-    unfinished_rise: float | None  # over the share of unfinished answers at the start
+    reward_drop: float  # share of the best that may be lost
+    entropy_low: float  # of the entropy at the start
+    entropy_high: float
+    length_low: float  # of the length at the start
+    unfinished_rise: float  # over the share of unfinished answers at the start
 
     def fell(self, best: float, now: float, questions: int) -> bool:
         """Whether a reward has fallen too far, and by more than its noise. A sure policy answers a question
         always right or always wrong, so questions are what is counted."""
         noise = math.sqrt(best * max(0.0, 1 - best) / questions)
-        return self.reward_drop is not None and best - now > max(self.reward_drop * best, SIGMAS * noise)
+        return best - now > max(self.reward_drop * best, SIGMAS * noise)
 
 
 class Monitor:
@@ -91,18 +91,18 @@ class Monitor:
         limits, start, last = self.limits, self.start, f"over the last {self.limits.window} steps"
         if limits.fell(self.best, now.reward, limits.questions * limits.window):
             return f"the reward fell from {self.best:.3f} to {now.reward:.3f} {last}"
-        if limits.entropy_low is not None and now.reward <= start.reward:  # sure and right is the aim
+        if now.reward <= start.reward:  # sure and right is the aim
             floor = limits.entropy_low * start.entropy
             if now.entropy < floor:
                 return (
                     f"the entropy fell from {start.entropy:.3f} to {now.entropy:.3f} nats a token {last}, "
                     f"and the reward did not rise"
                 )
-        if limits.entropy_high is not None and now.entropy > limits.entropy_high * start.entropy:
+        if now.entropy > limits.entropy_high * start.entropy:
             return f"the entropy rose from {start.entropy:.3f} to {now.entropy:.3f} nats a token {last}"
-        if limits.length_low is not None and now.length < limits.length_low * start.length:
+        if now.length < limits.length_low * start.length:
             return f"answers shrank from {start.length:.1f} to {now.length:.1f} tokens {last}"
-        if limits.unfinished_rise is not None and now.unfinished > start.unfinished + limits.unfinished_rise:
+        if now.unfinished > start.unfinished + limits.unfinished_rise:
             return f"answers that never end went from {start.unfinished:.0%} to {now.unfinished:.0%} {last}"
         return None
 

@@ -3,12 +3,15 @@
 import dataclasses
 import hashlib
 import json
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from tinytrain import tiny_model
 
 from nanochat_core.data import tasks
@@ -78,7 +81,7 @@ def test_entropy_and_length_have_limits_of_their_own(series: dict[str, list[floa
     found = verdicts(**series)
     assert found[:3] == [None] * 3  # a whole window first
     assert said in str(found[3])
-    unlimited = Limits(4, 16, 64, None, None, None, None, None)
+    unlimited = Limits(4, 16, 64, 1.0, 0.0, 1e9, 0.0, 1.0)
     assert not any(verdicts(unlimited, **series))
 
 
@@ -252,3 +255,31 @@ def test_a_gentle_run_ends_at_its_last_step_with_pass_at_k(job: Callable[..., Jo
         rewards = [json.loads(line)["rewards"] for line in lines]
         assert len(rewards) == 64 and sum(map(sum, rewards)) / 256 == pytest.approx(row["eval_reward"])
     assert metrics["pass_at_4_start"] == rows[0]["eval_pass_at_4"]
+
+
+def on_one_of_two(rank: int, job: Job, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    tasks.TASKS["wants_an_e"] = wants_an_e
+    metrics = rl.run(job.config, job)
+    assert bool(metrics) == (rank == 0)
+    if metrics:
+        (job.path / "metrics.json").write_text(json.dumps(metrics))
+
+
+@pytest.mark.slow
+def test_two_ranks_ask_the_same_and_see_the_same(job: Callable[..., Job]) -> None:
+    """Until the first step, that is: then sums are added in another order, and an answer may flip."""
+    alone, shared = job("alone", steps=1), job("shared", steps=1)
+    expected = rl.run(alone.config, alone)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(on_one_of_two, args=(shared, port), nprocs=2)  # type: ignore[no-untyped-call]
+    metrics = json.loads((shared.path / "metrics.json").read_text())
+    assert metrics["reward_start"] == pytest.approx(expected["reward_start"])
+    (_, one), (_, two) = outcome(alone), outcome(shared)
+    for key in ("reward", "entropy", "length", "unfinished", "loss", "grad_norm"):
+        assert two[1][key] == pytest.approx(one[1][key], rel=1e-3), key
+    first = "answers/step_000000.jsonl"
+    assert (shared.path / first).read_bytes() == (alone.path / first).read_bytes()
