@@ -9,12 +9,12 @@ from nanochat_core.published import D20
 from nanochat_core.report.curves import curve_svg, read_rows
 from nanochat_core.report.effort import effort_blocks, whole
 from nanochat_core.report.pages import Block, Curve, Quote, Report, Table, Text, number, signed
-from nanochat_core.report.rows import Finished, read_finished
+from nanochat_core.report.rows import Finished, read_finished, read_lines
 from nanochat_core.stage import Metrics
 
 MODELS = ("base", "mid", "sft", "rl")
 EVALUATIONS = {"base_eval": "base", "mid_eval": "mid", "sft_eval": "sft", "rl_eval": "rl"}
-SCORES = {"base_eval": "core", "mid_eval": "chatcore", "sft_eval": "chatcore", "rl_eval": "chatcore"}
+CHATS = ("mid_eval", "sft_eval", "rl_eval")
 MEASURES = {
     "val_bpb": "bits per byte",
     "reward": "reward",
@@ -179,7 +179,21 @@ def sample_quotes(rows: Mapping[str, Finished], most: int) -> list[Block]:
             quotes.append(
                 Quote(f"{name}: samples", "\n#".join(parts[: most + (not parts[0].startswith("#"))]))
             )
+    for name, row in rows.items():
+        files = sorted((row.directory / "answers").glob("*.jsonl")) if name in CHATS else []
+        lines = [line for path in files for line in first_answers(path)]
+        if lines:
+            quotes.append(Quote(f"{name}: first answers", "\n".join(lines)))
     return quotes
+
+
+def first_answers(path: Path) -> list[str]:
+    """The first right and the first wrong answer of a task."""
+    shown: dict[str, str] = {}
+    for answer in read_lines(path):
+        for right, said in zip(answer["correct"], answer["said"], strict=False):
+            shown.setdefault("right" if right else "wrong", said)
+    return [f"{path.stem}, {mark}: {said}" for mark, said in shown.items()]
 
 
 def provenance_blocks(rows: Mapping[str, Finished]) -> list[Block]:

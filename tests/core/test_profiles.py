@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_core import plan as plans
+from nanochat_core.published import EXPECTED
 
 
 @pytest.mark.parametrize("profile", plans.profile_names())
@@ -22,6 +23,7 @@ def test_every_profile_can_be_planned(profile: str, tmp_path: Path) -> None:
         ("speedrun-8xh100", 560_988_160, 21_400, 11.22e9, 3.92e19),
         ("run1000", 1_879_048_192, 71_680, 37.58e9, 4.54e20),
         ("dgx-spark", 896_533_746, 3_320, 3.48e9, 1.00e19),
+        ("dgx-spark-x2", 896_533_746, 3_320, 3.48e9, 1.00e19),
     ],
 )
 def test_a_profile_costs_what_was_published(
@@ -63,3 +65,44 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         plans.load("cpu-demo", settings, base_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ("dgx-spark", "897 M|3.48 G|10 E"),
+        ("dgx-spark-seed", "561 M|11.2 G|39.2 E"),
+        ("speedrun-8xh100", "561 M|11.2 G|39.2 E"),
+        ("run1000", "1.88 G|37.6 G|454 E"),
+    ],
+)
+def test_the_plan_prints_the_published_parameters_tokens_and_flops(
+    profile: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.verbs.plan import plan
+
+    plan(profile, base_dir=tmp_path, calibrate=False)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pretrain ")]
+    assert "|".join(word.strip() for word in row.split("  ") if word.strip()).startswith(
+        f"pretrain|run|{said}|"
+    )
+
+
+@pytest.mark.parametrize(
+    "profile", [name for name in plans.profile_names() if name not in ("tiny", "cpu-demo")]
+)
+def test_what_runs_for_days_is_examined_first_and_says_what_to_expect(profile: str, tmp_path: Path) -> None:
+    plan = plans.load(profile, base_dir=tmp_path)
+    assert plan.runtime.preflight
+    low, high = EXPECTED[profile].rates
+    assert 0 < low < high and EXPECTED[profile].core
+
+
+def test_the_large_gpus_hours_are_the_published_ones(tmp_path: Path) -> None:
+    def hours(profile: str, rate: float) -> float:
+        plan = plans.load(profile, base_dir=tmp_path)
+        return plan.facts("pretrain")["flops"] / rate / plan.runtime.processes / 3600
+
+    for profile, low, high in (("speedrun-8xh100", 2.86, 3.16), ("run1000", 31.0, 33.0)):
+        slow, fast = EXPECTED[profile].rates
+        assert low * 0.97 < hours(profile, fast) < hours(profile, slow) < high * 1.03

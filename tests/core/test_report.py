@@ -253,3 +253,18 @@ def test_two_runs_stand_side_by_side(toy: Toy) -> None:
         find_run(toy.base_dir, "nope")
     with pytest.raises(ValueError, match="is no report"):
         find_run(toy.base_dir, str(toy.plan().jobs["sft"].path))
+
+
+def test_answers_are_quoted_the_first_right_and_the_first_wrong_of_a_task(rows: dict[str, Path]) -> None:
+    answers = [
+        {"problem": 0, "correct": [True], "said": ["first"]},
+        {"problem": 1, "correct": [True], "said": ["another right one"]},
+        {"problem": 2, "correct": [False], "said": ["<b>third</b>"]},
+    ]
+    (rows["sft_eval"] / "answers").mkdir()
+    (rows["sft_eval"] / "answers" / "spelling.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    page = report.to_html(report.collect(rows))
+    assert (
+        "spelling, right: first\nspelling, wrong: &lt;b&gt;third&lt;/b&gt;" in page
+        and "another right" not in page
+    )
