@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,6 @@ from nanochat_core.launch import result_of
 
 TRAINED = ("pretrain", "mid", "sft", "rl")
 DAMAGES = ("artefact deleted", "artefact truncated", "one bit flipped")
-FAKETIME = ("/usr/lib/x86_64-linux-gnu/faketime", "/usr/lib/aarch64-linux-gnu/faketime")
 CLOCK_EVERY = 6  # runs: for one in so many the machine is started with a clock that can be set
 DISK_BYTES = 256 * 2**20
 DELAY_SECONDS = 4.0  # the longest wait between a stage's beginning and its fault
@@ -60,7 +60,7 @@ class Drill:
     plan: plans.Plan
     reference: dict[str, Any]
     away: float
-    clock: Path  # what libfaketime reads
+    clock: Path  # the seconds by which the machine's clock is off
     run: str = ""
     others: list[str] = field(default_factory=list)  # flow runs started at the same time
     by_hand: "list[subprocess.Popen[str]]" = field(default_factory=list)
@@ -179,7 +179,7 @@ class Drill:
         return "by hand"
 
     def set_clock_back(self, rng: random.Random) -> str:
-        self.clock.write_text("-3600\n")
+        set_clock(self.clock, -3600)
         return "by an hour"
 
     # What is done about a run.
@@ -277,8 +277,11 @@ def wrong(drill: Drill) -> str | None:
             return f"the run started at the same time is {machine.state(other)}"
     for process in drill.by_hand:
         said, _ = process.communicate(timeout=600)
-        if process.returncode != 0:
-            return f"the run by hand ended with {process.returncode}: {said[-300:]}"
+        if process.returncode != 0:  # cut off, or out of space: it says to run the same command again
+            try:
+                machine.nanochat("run", "tiny", "--until", list(drill.plan.jobs)[-1])
+            except RuntimeError as error:
+                return f"the run by hand ended with {process.returncode}: {said[-300:]}, and again: {error}"
     if until(lambda: not machine.strangers(), 30) is None:
         return f"left over: {machine.strangers()}"
     if until(lambda: machine.unfinished() == 0, 60, every=1) is None:
@@ -307,7 +310,7 @@ def one_run(drill: Drill, number: int, kinds: list[str], rng: random.Random) -> 
     for path in machine.base.iterdir():
         if path.name not in ("prefect", "locks"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    drill.clock.write_text("+0\n")
+    set_clock(drill.clock, 0)
     drill.others, drill.by_hand, drill.damaged = [], [], set()
     rows = list(drill.plan.jobs)
     moments = sorted(
@@ -347,7 +350,7 @@ def computer(args: argparse.Namespace) -> Iterator[Drill]:
     root = Path(tempfile.mkdtemp(prefix="nanochat-drill-"))
     root.chmod(0o755)  # the user postgres has to reach its folder
     clock = root / "clock"
-    clock.write_text("+0\n")
+    set_clock(clock, 0)
     postgres = Postgres(root) if args.postgres else None
     machine = Machine(root)
     if postgres:
@@ -381,6 +384,19 @@ def computer(args: argparse.Namespace) -> Iterator[Drill]:
             shutil.rmtree(root, ignore_errors=True)
 
 
+def set_clock(path: Path, seconds: int) -> None:
+    with path.open("r+b" if path.exists() else "wb") as f:  # in place: it is mapped by every process
+        f.write(struct.pack("=q", seconds))
+
+
+def settable_clock(library: Path) -> bool:
+    """Build the wall clock that can be set."""
+    source = str(Path(__file__).with_name("clock.c"))
+    compiler = shutil.which("cc")
+    command = [compiler or "cc", "-O2", "-shared", "-fPIC", "-o", str(library), source, "-ldl"]
+    return compiler is not None and subprocess.run(command).returncode == 0
+
+
 def decks(rng: random.Random) -> Iterator[str]:
     """Every kind as often as every other, in a drawn order."""
     while True:
@@ -390,17 +406,10 @@ def decks(rng: random.Random) -> Iterator[str]:
 
 
 def drill_until(drill: Drill, args: argparse.Namespace) -> tuple[list[Made], dict[int, str]]:
-    faketime = next((path for name in FAKETIME if (path := Path(name, "libfaketimeMT.so.1")).exists()), None)
-    if faketime is None:
-        print("left out: the clock set back (libfaketime is not installed)", flush=True)
-    settable = {
-        "LD_PRELOAD": str(faketime),
-        "FAKETIME_TIMESTAMP_FILE": str(drill.clock),
-        "FAKETIME_CACHE_DURATION": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "DONT_FAKE_MONOTONIC": "1",
-        "NO_FAKE_STAT": "1",
-    }
+    shim = settable_clock(drill.clock.with_suffix(".so"))
+    if not shim:
+        print("left out: the clock set back (there is no C compiler to build benchmarks/clock.c)", flush=True)
+    settable = {"LD_PRELOAD": str(drill.clock.with_suffix(".so")), "NANOCHAT_CLOCK": str(drill.clock)}
     made: list[Made] = []
     lost: dict[int, str] = {}
     deck = decks(random.Random(args.seed))
@@ -408,7 +417,7 @@ def drill_until(drill: Drill, args: argparse.Namespace) -> tuple[list[Made], dic
     end = time.monotonic() + 60 * args.minutes
     while len(made) < args.faults and time.monotonic() < end:
         rng = random.Random(f"{args.seed}-{number}")
-        clock = faketime is not None and number % CLOCK_EVERY == min(1, CLOCK_EVERY - 1)
+        clock = shim and number % CLOCK_EVERY == min(1, CLOCK_EVERY - 1)
         kinds = [next(deck) for _ in range(min(args.per_run, args.faults - len(made)))]
         if clock:
             kinds[-1] = "clock back an hour"

@@ -140,7 +140,7 @@ def database(machine: Machine, postgres: Postgres | None, share: int) -> dict[st
     heartbeat = get_current_settings().flows.heartbeat_frequency or 30
     counts = {
         "log line": TEN_DAYS / watch.LOG_SECONDS,
-        "progress": TEN_DAYS / watch.PROGRESS_SECONDS,
+        "progress": TEN_DAYS / watch.SLOW_PROGRESS_SECONDS,
         "curve": min(TEN_DAYS / watch.CURVE_SECONDS, 2 * watch.KEEP_CURVES),  # of each stage; two are long
         "heartbeat": min(TEN_DAYS, 7 * 86400.0) / heartbeat,
     }

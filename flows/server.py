@@ -19,6 +19,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from nanochat_core import store
 from nanochat_core.launch import die_with_parent
 
 STARTUP_SECONDS = 120.0  # a fresh database on a slow disk takes 20
@@ -69,22 +70,24 @@ def prepare(base_dir: Path) -> str:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     log = folder / "server.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | {"NANOCHAT_PARENT": str(os.getpid())},
-        )
-    atexit.register(end, process)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    deadline = time.monotonic() + STARTUP_SECONDS
-    while not healthy(os.environ["PREFECT_API_URL"]):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the embedded Prefect server did not start; its log: {log}")
-        time.sleep(0.2)
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    with store.locked(home / "nanochat.lock"):  # two that start at once would both make the database's tables
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.server", str(port)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | {"NANOCHAT_PARENT": str(os.getpid())},
+            )
+        atexit.register(end, process)
+        deadline = time.monotonic() + STARTUP_SECONDS
+        while not healthy(os.environ["PREFECT_API_URL"]):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the embedded Prefect server did not start; its log: {log}")
+            time.sleep(0.2)
     return os.environ["PREFECT_API_URL"]
 
 

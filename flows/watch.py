@@ -25,6 +25,7 @@ from nanochat_core.report import curve_png, read_rows
 
 LOG_SECONDS = 15.0  # between two lines of a stage in the UI's log: 60,000 in ten days, about 40 MB
 PROGRESS_SECONDS = 3.0
+SLOW_PROGRESS_SECONDS = 60.0  # in a stage of hours: each update leaves 5 kB of event behind
 FIRST_CURVE_SECONDS = 60.0
 CURVE_SECONDS = 1800.0  # between two curves in the long run
 KEEP_CURVES = 48  # of a stage, 40 kB each: a day's; the newest shows all of the training anyway
@@ -63,7 +64,7 @@ class Watch:
 
     def _publish(self) -> None:
         pace, row, left = Pace(), None, None
-        logged = shown = 0.0
+        logged, shown, begin = 0.0, 0.0, time.monotonic()
         curve_due, curve_wait = time.monotonic() + FIRST_CURVE_SECONDS, FIRST_CURVE_SECONDS
         while True:
             item = self.rows.get()
@@ -77,7 +78,7 @@ class Watch:
             if last or now - logged >= LOG_SECONDS:
                 self.log.info(f"[{self.stage}] {describe(row, left)}")
                 logged = now
-            if last or now - shown >= PROGRESS_SECONDS:
+            if last or now - shown >= min(max(PROGRESS_SECONDS, (now - begin) / 60), SLOW_PROGRESS_SECONDS):
                 self._send(self._progress, row, left)
                 shown = now
             if last or now >= curve_due:
