@@ -17,7 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from nanochat_core.data.fetch import Fetched, Remote, Stopped, fetch_one, here, offline
 from nanochat_core.data.shards import folder_of, remotes
-from nanochat_core.plan import Plan
+from nanochat_core.plan import Plan, judge
 from nanochat_core.progress import count
 from nanochat_core.stage import Interrupted
 from nanochat_core.stages.shards import Config, urls
@@ -49,6 +49,8 @@ def bring(plan: Plan, name: str, stopping: Callable[[], bool]) -> list[Any]:
     config = plan.jobs[name].config
     if not isinstance(config, Config) or offline():
         return []
+    if judge(plan, name, {}).state == "fetch":
+        return []  # the mirror has them
     listed = urls(config)
     if not listed:
         return []

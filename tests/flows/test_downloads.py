@@ -13,8 +13,11 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 
 from flows import downloads
+from nanochat_core import launch
 from nanochat_core import plan as plans
+from nanochat_core.copies import Copies
 from nanochat_core.data.shards import write_shard
+from nanochat_core.mirror import of
 from nanochat_core.stage import Interrupted
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -109,3 +112,22 @@ def test_a_cancelled_download_stops_and_keeps_what_arrived(
 def test_without_a_network_source_there_is_nothing_to_map(tmp_path: Path) -> None:
     assert downloads.bring(plans.load("tiny", base_dir=tmp_path), "shards", lambda: False) == []
     assert downloads.bring(plans.load("tiny", base_dir=tmp_path), "mid", lambda: False) == []
+
+
+def test_what_the_mirror_has_is_not_downloaded(plan: plans.Plan, tmp_path: Path) -> None:
+    mirror = f"runtime.mirror=file://{tmp_path}/mirror"
+    here, there = (
+        plans.load(plan.profile, [mirror], base_dir=tmp_path / name, until="shards")
+        for name in ("here", "there")
+    )
+    for name in ("assets", "shards_head", "shards"):
+        if name in here.jobs:
+            launch.launch(here, name)
+    held = of(here.runtime)
+    assert held is not None
+    Copies(held, here.jobs, here.runtime.base_dir, print).round()
+    asked = Slow.asked
+    assert downloads.bring(there, "shards", lambda: False) == []
+    launch.launch(there, "shards")
+    assert Slow.asked == asked > 0
+    assert len(list((tmp_path / "there" / "downloads").rglob("*.parquet"))) == FILES
