@@ -62,7 +62,8 @@ def test_the_queue_is_bounded(running, slow) -> None:
     client = running(rows=1, places=0)
     body = {"prompt": "Q", "temperature": 0, "max_tokens": 1200, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as first:
-        next(first.iter_raw())
+        chunks = first.iter_raw()
+        next(chunks)
         assert client.post("/v1/completions", json=body).status_code == 429
     until(lambda: metric(client, "nanochat_clients") == 0)
 
