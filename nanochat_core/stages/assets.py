@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import field_validator
+
 from nanochat_core.stage import Job, Metrics, Recipe
 
 if TYPE_CHECKING:
@@ -35,6 +37,12 @@ class Config(Recipe):
     identity: str | None = None  # a jsonl file of your own conversations about who the model is
     task_folder: str | None = None  # TASK/SPLIT.parquet or .jsonl of your own instead of the hub's
     sha256: dict[str, str] = {}  # noqa: RUF012  # by file name, to pin what is fetched
+
+    @field_validator("identity", "task_folder")
+    @classmethod
+    def _absolute(cls, place: str | None) -> str | None:
+        """Named in full: a stage, or a worker, may run elsewhere than this command."""
+        return None if place is None else str(Path(place).expanduser().absolute())
 
     def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
         return {"download": HUB_BYTES} if self.source == "hub" else {}
@@ -91,7 +99,7 @@ def _identity(name: str, job: Job) -> None:
     from nanochat_core.data.tasks import identity
     from nanochat_core.store import write_whole
 
-    path = Path(name).expanduser()
+    path = Path(name)
     if not path.is_file():
         raise ValueError(f"assets.identity: there is no file {path}; `nanochat identity {path}` makes one")
     job.made_from(path)
@@ -105,7 +113,7 @@ def _tasks(cfg: Config, job: Job) -> None:
 
     if "humaneval" in cfg.tasks:
         humaneval.check_sandbox()
-    folder = None if cfg.task_folder is None else Path(cfg.task_folder).expanduser()
+    folder = None if cfg.task_folder is None else Path(cfg.task_folder)
     if folder is not None:
         job.made_from(folder, (".parquet", ".jsonl"))
     for name in cfg.tasks:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nanochat_core.data.hub import HUB
 from nanochat_core.stage import Job, Metrics, Recipe
@@ -18,6 +18,14 @@ class Config(Recipe):
     revision: str = "main"  # of a known data set; a commit's hash pins it
     max_chars: int | None = Field(None, ge=10_000)  # of the embedded corpus; None: all 21 million
     workers: int = Field(4, ge=1, le=32)  # downloads at once
+
+    @field_validator("source")
+    @classmethod
+    def _absolute(cls, source: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        """A folder is named in full: a stage, or a worker, may run elsewhere than this command."""
+        if isinstance(source, tuple) or source in ("", "embedded", *HUB) or "://" in source:
+            return source
+        return str(Path(source).expanduser().absolute())
 
     @model_validator(mode="after")
     def _bounded(self) -> "Config":
@@ -79,7 +87,7 @@ def run(cfg: Config, job: Job) -> Metrics:
         places = (cfg.source,) if isinstance(cfg.source, str) else cfg.source
         found = shards.from_filesystem(places, root, cfg.count, workers=cfg.workers, offline=offline())
     else:
-        folder = Path(cfg.source).expanduser()
+        folder = Path(cfg.source)
         job.made_from(folder, SUFFIXES + PACKED)
         found = shards.local(folder, root)
     found = Shards(found.train[: cfg.count], found.validation)

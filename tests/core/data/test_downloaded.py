@@ -136,6 +136,15 @@ def test_a_folder_on_another_file_system_is_copied_once(tmp_path: Path) -> None:
         shards.run(shards.Config(source=f"file://{tmp_path}/none"), made)
 
 
+def test_a_folder_is_named_in_full_wherever_the_stage_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shards.Config(source="mine").source == str(tmp_path / "mine")
+    assert assets.Config(identity="mine.jsonl").identity == str(tmp_path / "mine.jsonl")
+    assert shards.Config().source == "embedded" and assets.Config().task_folder is None
+
+
 def test_a_source_that_cannot_be_meant_is_refused_at_once() -> None:
     for source in ((), "", ("a", "b")):
         with pytest.raises(ValueError, match="source"):
