@@ -2,10 +2,14 @@
 
     uv run python benchmarks/decode.py [--depth 4] [--threads 2] [--json]
 
-Both have a KV cache and decode greedily, one stream and 16. They take turns, and a ratio is the median
-over the rounds, so that what else the machine does falls on both alike. The model is of the `seed` preset,
-with random weights (speed does not depend on what it has learned), and reaches transformers through our
-export. The tokens of both are compared before anything is measured.
+Both have a KV cache and decode greedily, one stream and 16, with weights in fp32 and in bf16. All take turns,
+and a ratio is the median over the rounds, so that what else the machine does falls on all alike. The model is
+of the `seed` preset, with random weights (speed does not depend on what it has learned), and reaches
+transformers through our export. The fp32 tokens of both are compared before anything is measured.
+
+`ratio_1` and `ratio_16` are ours as it comes (the precision that the chat picks on this machine) to
+transformers as it comes (that of the export, fp32); `_best` is against the faster of transformers' two
+precisions; `_float32` and `_bfloat16` are equal precision on both sides.
 """
 
 import argparse
@@ -16,10 +20,10 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from nanochat_core.chat.load import load_chat
 from nanochat_core.infer.engine import Engine
 from nanochat_core.infer.exported import export
 from nanochat_core.infer.sampling import Sampling
@@ -28,6 +32,8 @@ from nanochat_core.model.shape import GPTConfig
 from nanochat_core.tokenizer.bpe import Tokenizer
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
+DTYPES = ("float32", "bfloat16")
+STREAMS = (1, 16)
 
 
 def main() -> None:
@@ -40,7 +46,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -49,53 +54,60 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, folder: Path) -> None:
-    """Both engines in turn at both widths, the table, and the line of JSON."""
-    ours, theirs = prepare(args, folder)
+    """All contenders in turn at both widths, the table, and the line of JSON."""
+    chosen, contenders = prepare(args, folder)
     generator = torch.Generator().manual_seed(1)
     shape = (16, args.prompt)
     prompts: list[list[int]] = torch.randint(0, args.vocab_size - 9, shape, generator=generator).tolist()
-    speeds: dict[tuple[str, int], list[float]] = {}
-    for streams in (1, 16):
+    speeds: dict[tuple[str, str, int], list[float]] = {}
+    for streams in STREAMS:
         some = prompts[:streams]
-        agree = agreement(ours(some, 16), theirs(some, 16))
-        if args.dtype == "float32" and agree < 1:
+        first = {key: generate(some, 16) for key, generate in contenders.items()}
+        agree = agreement(first["ours", "float32"], first["transformers", "float32"])
+        if agree < 1:
             raise SystemExit(f"the tokens differ: {agree:.0%} agree; a speed would mean nothing")
         for _ in range(args.rounds):
-            for name, generate in (("ours", ours), ("transformers", theirs)):
+            for (name, dtype), generate in contenders.items():
                 start = time.perf_counter()
                 answers = generate(some, args.tokens)
                 seconds = time.perf_counter() - start
                 assert all(len(answer) == args.tokens for answer in answers)
-                speeds.setdefault((name, streams), []).append(streams * args.tokens / seconds)
+                speeds.setdefault((name, dtype, streams), []).append(streams * args.tokens / seconds)
 
-    def ratio(streams: int) -> float:
-        pairs = zip(speeds["ours", streams], speeds["transformers", streams], strict=True)
+    def ratio(streams: int, ours: str, theirs: str) -> float:
+        pairs = zip(speeds["ours", ours, streams], speeds["transformers", theirs, streams], strict=True)
         return statistics.median(mine / peer for mine, peer in pairs)
 
-    print(f"d{args.depth}, vocabulary {args.vocab_size:,}, {args.dtype}, {args.threads} threads,", end=" ")
+    print(f"d{args.depth}, vocabulary {args.vocab_size:,}, {args.threads} threads,", end=" ")
     print(f"{args.prompt} tokens read and {args.tokens} made per stream; tokens/s")
-    print(f"{'streams':>8}{'ours':>12}{'transformers':>14}{'ratio':>8}")
+    print(f"{'streams':>8}{'weights':>10}{'ours':>10}{'transformers':>14}{'ratio':>8}")
     medians = {key: statistics.median(values) for key, values in speeds.items()}
-    for streams in (1, 16):
-        mine, peer = medians["ours", streams], medians["transformers", streams]
-        print(f"{streams:>8}{mine:>12,.0f}{peer:>14,.0f}{ratio(streams):>8.2f}")
-    together = medians["ours", 16] / medians["ours", 1]
+    ratios: dict[str, float] = {}
+    for streams in STREAMS:
+        for dtype in DTYPES:
+            ratios[f"ratio_{streams}_{dtype}"] = ratio(streams, dtype, dtype)
+            mine, peer = medians["ours", dtype, streams], medians["transformers", dtype, streams]
+            shown = f"{mine:>10,.0f}{peer:>14,.0f}{ratios[f'ratio_{streams}_{dtype}']:>8.2f}"
+            print(f"{streams:>8}{dtype:>10}{shown}")
+    for streams in STREAMS:
+        ratios[f"ratio_{streams}_best"] = min(ratio(streams, chosen, dtype) for dtype in DTYPES)
+        ratios[f"ratio_{streams}"] = ratio(streams, chosen, "float32")
+        print(
+            f"{streams} at once, ours as it comes ({chosen}): {ratios[f'ratio_{streams}']:.2f} times "
+            f"transformers as it comes, {ratios[f'ratio_{streams}_best']:.2f} times its best"
+        )
+    together = medians["ours", chosen, 16] / medians["ours", chosen, 1]
     print(f"16 streams together make {together:.1f} times the tokens of one alone")
     if args.json:
-        numbers: dict[str, Any] = {
-            f"{name}_{streams}": round(speed, 1) for (name, streams), speed in medians.items()
-        }
-        numbers |= {
-            "ratio_1": round(ratio(1), 3),
-            "ratio_16": round(ratio(16), 3),
-            "batching": round(together, 3),
-        }
         settings = {key: value for key, value in vars(args).items() if key != "json"}
-        print(json.dumps(settings | numbers))
+        numbers = {"_".join(map(str, key)): round(speed, 1) for key, speed in medians.items()}
+        last = {"batching": together} | dict(sorted(ratios.items(), reverse=True))
+        print(json.dumps(settings | {"ours": chosen} | numbers | {k: round(v, 3) for k, v in last.items()}))
 
 
-def prepare(args: argparse.Namespace, folder: Path) -> tuple[Generate, Generate]:
-    """One random model twice: in our engine, and through our export in transformers."""
+def prepare(args: argparse.Namespace, folder: Path) -> tuple[str, dict[tuple[str, str], Generate]]:
+    """One random model, in our engine and through our export in transformers, in both precisions; and the
+    precision that our chat would choose for it here."""
     from safetensors.torch import save_file
 
     tokenizer = Tokenizer(merges_for(args.vocab_size))
@@ -109,23 +121,35 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Generate, Generate]
     save_file(model.state_dict(), folder / "model.safetensors")
     write_config(folder, config, tokenizer.fingerprint)
     tokenizer.save(folder)
-    dtype: torch.dtype = getattr(torch, args.dtype)
-    export(folder, folder, folder / "export", dtype=dtype, results={}, name="benchmark")
+    export(folder, folder, folder / "export", results={}, name="benchmark")
+    contenders: dict[tuple[str, str], Generate] = {}
+    for dtype in DTYPES:
+        contenders["ours", dtype] = our_engine(folder, tokenizer, getattr(torch, dtype))
+        contenders["transformers", dtype] = their_generate(folder / "export", getattr(torch, dtype))
+    chosen, _ = load_chat(folder / "export")
+    return str(chosen.compute_dtype).removeprefix("torch."), contenders
 
-    own = load_model(folder, dtype=dtype).to(dtype)
-    engine = Engine(own, tokenizer, max_rows=16)
 
-    def ours(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+def our_engine(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype) -> Generate:
+    engine = Engine(load_model(folder, dtype=dtype).to(dtype), tokenizer, max_rows=16)
+    engine.reserve(1024)
+
+    def generate(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        engine.forget()  # every round reads its prompts, as transformers does
         return [answer.ids for answer in engine.complete(prompts, Sampling(max_tokens=tokens))]
 
+    return generate
+
+
+def their_generate(folder: Path, dtype: torch.dtype) -> Generate:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoModelForCausalLM
 
-        peer = AutoModelForCausalLM.from_pretrained(folder / "export", dtype=dtype).eval()
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     @torch.inference_mode()
-    def theirs(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    def generate(prompts: list[list[int]], tokens: int) -> list[list[int]]:
         idx = torch.tensor(prompts)
         made = peer.generate(
             idx,
@@ -139,7 +163,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Generate, Generate]
         answers: list[list[int]] = made[:, idx.size(1) :].tolist()
         return answers
 
-    return ours, theirs
+    return generate
 
 
 def merges_for(vocab_size: int) -> list[tuple[int, int]]:

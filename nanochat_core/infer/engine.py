@@ -153,7 +153,7 @@ class Engine:
             )
         if self._in_training and not (self.waiting or self.running):
             self._decoder.prepare()
-            self._left = [()] * self.max_rows  # other weights have read it
+            self.forget()  # other weights have read it
         limit = min(sampling.max_tokens, room)
         request = Request(tuple(prompt), sampling, limit, self._terminals.union(sampling.stop))
         if self._tools:
@@ -175,6 +175,10 @@ class Engine:
         """Room for this many tokens in every row, so that the cache need not grow later."""
         if self._decoder.capacity < tokens:
             self._decoder.reserve(-(-tokens // ROUND) * ROUND)
+
+    def forget(self) -> None:
+        """Take nothing over from requests that are done."""
+        self._left = [()] * self.max_rows
 
     @torch.inference_mode()
     def step(self) -> None:
