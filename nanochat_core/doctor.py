@@ -14,7 +14,7 @@ from nanochat_core import guard, store
 from nanochat_core.data.fetch import offline
 from nanochat_core.data.hub import HUB
 from nanochat_core.edges import SLEEP, Edges, Reached
-from nanochat_core.forecast import Need, needs
+from nanochat_core.forecast import Need, needs, works
 from nanochat_core.machine import Gpu, Machine, gpus, memory
 from nanochat_core.plan import Plan, Verdict
 from nanochat_core.progress import count
@@ -304,7 +304,7 @@ def wanted_hosts(plan: Plan, verdicts: Mapping[str, Verdict]) -> list[str]:
     """The hosts that rows still to be made will download from."""
     hosts: dict[str, None] = {}
     for name, job in plan.jobs.items():
-        if verdicts[name].state == "hit":
+        if not works(verdicts[name]):
             continue
         source = getattr(job.config, "source", None)
         if isinstance(job.config, assets.Config) and source == "hub":

@@ -72,7 +72,9 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, For
     if measured is not None:
         best = measured.best(plan.runtime.device_batch.get("pretrain", 0))
         words = f"{best.tokens_per_s:,.0f} tokens/s at {best.rows} rows ({measured.how})"
-        return found, words + (f", times {plan.runtime.processes} processes" if plan.runtime.processes > 1 else "")
+        return found, words + (
+            f", times {plan.runtime.processes} processes" if plan.runtime.processes > 1 else ""
+        )
     return found, f"{count(rate)}FLOP/s, {source}"
 
 
@@ -81,7 +83,10 @@ def by_calibration(plan: Plan, name: str, speed: Calibration) -> tuple[float | N
     recipe, facts = plan.jobs[name].config, plan.facts(name)
     runtime = plan.runtime
     train = speed.best(runtime.device_batch.get(name, 0)).tokens_per_s * runtime.processes
-    read, write = speed.forward_tokens_per_s * runtime.processes, speed.decode_tokens_per_s * runtime.processes
+    read, write = (
+        speed.forward_tokens_per_s * runtime.processes,
+        speed.decode_tokens_per_s * runtime.processes,
+    )
     match recipe:
         case pretrain.Config():
             looks: float = 2 + (int(facts["steps"] // recipe.eval_every) if recipe.eval_every else 0)
@@ -135,7 +140,7 @@ def sizes(plan: Plan, name: str, verdict: Verdict, old: Mapping[str, Any] | None
         disk = round(4 * _params(plan))
     if verdict.state != "hit" and facts.get("download"):
         disk = (disk or 0) + round(facts["download"])
-    if verdict.state == "hit" or not _trains(plan, name):
+    if not works(verdict) or not _trains(plan, name):
         return disk, 0
     # weights and two moments in fp32 for each checkpoint kept, and the one that is being written
     return disk, round(12 * _params(plan) * (plan.runtime.keep_checkpoints + 1))
@@ -150,10 +155,15 @@ def needs(plan: Plan, verdicts: Mapping[str, Verdict]) -> Need:
     disk = sum(size or 0 for size, _ in todo.values()) + max(
         (scratch for _, scratch in todo.values()), default=0
     )
-    training = any(_trains(plan, name) for name in todo)
+    training = any(_trains(plan, name) and works(verdicts[name]) for name in todo)
     return Need(
         round(disk + (OVERHEAD if training else 0)), round(BYTES_PER_PARAM * _params(plan)) if training else 0
     )
+
+
+def works(verdict: Verdict) -> bool:
+    """Whether a stage is to be made here: neither found finished nor brought from the mirror."""
+    return verdict.state not in ("hit", "fetch")
 
 
 def _trains(plan: Plan, name: str) -> bool:

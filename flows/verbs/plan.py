@@ -140,7 +140,7 @@ def measure(made: "Plan", verdicts: "dict[str, Verdict]", asked: bool | None) ->
         return
     timed = latest_run(made.runtime.base_dir, made.profile) is not None
     here = has_cuda(made.runtime) or made.runtime.device != "cuda"
-    if verdicts["pretrain"].state == "hit" or timed or not here or cost(made)[0] > QUICK_SECONDS:
+    if verdicts["pretrain"].state in ("hit", "fetch") or timed or not here or cost(made)[0] > QUICK_SECONDS:
         return
     if has_cuda(made.runtime):  # compiling for a GPU takes a minute before the first step
         return

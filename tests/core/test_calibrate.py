@@ -66,6 +66,11 @@ def test_disk_counts_downloads_once_and_the_largest_heap_of_checkpoints(tmp_path
     assert need.memory == 20 * params
     done = {name: plans.Verdict("hit", "done", seconds=1.0) for name in verdicts}
     assert forecast.needs(made, done) == (0, 0)
+    fetched = done | {"pretrain": plans.Verdict("fetch", "in the mirror")}
+    assert forecast.needs(made, fetched) == (
+        round(4 * params),
+        0,
+    )  # its weights come, no checkpoints are made
 
 
 def test_a_gpu_profile_is_not_calibrated_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
