@@ -20,6 +20,7 @@ MEASURES = {
     "reward": "reward",
     "loss": "loss",
     "chatcore": "ChatCORE",
+    "chatcore_5": "ChatCORE without SpellingBee",
     "core": "CORE",
 }
 
@@ -106,6 +107,9 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
         blocks.append(
             Text(f"{size}{seen}, in {span(sum(row.result['seconds'] for row in rows.values()))} of work.")
         )
+    blocks += [
+        Text(f"{name} {row.metrics['stopped']}.") for name, row in rows.items() if "stopped" in row.metrics
+    ]
     if lines:
         blocks.append(Table(["stage", "measure", "before", "after", "change"], lines, names=2))
         blocks.append(Text("Of bits per byte and loss less is better, of everything else more."))
@@ -120,11 +124,11 @@ def task_table(metrics: Metrics) -> list[Block]:
     tasks = dict.fromkeys(
         key.partition("/")[2] for model in chat for key in metrics if key.startswith(f"{model}/")
     )
-    hidden = ("chatcore", "val_bpb", "reward")
+    hidden = ("chatcore", "chatcore_5", "val_bpb", "reward")
     kept = [task for task in tasks if task not in hidden and not task.endswith("_start")]
     wanted = ["core", "val_bpb"] if "base" in models else []
     lines = []
-    for task in [*wanted, *kept, *(["chatcore"] if chat else [])]:
+    for task in [*wanted, *kept, *(["chatcore_5", "chatcore"] if chat else [])]:
         owners = ["base"] if task in ("core", "val_bpb") else chat
         values = [metrics.get(f"{model}/{task}") if model in owners else None for model in models]
         known = [value for value in values if isinstance(value, int | float)]

@@ -63,14 +63,26 @@ def test_every_task_stands_beside_each_model_with_its_gain() -> None:
         "rl/chatcore": 0.4,
         "rl/spelling": 0.5,
         "rl/reward": 0.8,
+        "rl/chatcore_5": 0.2,
     }
     (table,) = report.task_table(metrics)
     assert isinstance(table, report.Table)
     assert list(table.head) == ["task", "MID", "SFT", "RL", "gain"]
     assert list(map(list, table.rows)) == [
         ["spelling", "0.2500", "0.7500", "0.5000", "+0.2500"],
+        ["ChatCORE without SpellingBee", "", "", "0.2000", ""],
         ["ChatCORE", "0.1000", "0.3000", "0.4000", "+0.3000"],
     ]
+
+
+def test_a_stage_that_stopped_early_says_so(rows: dict[str, Path]) -> None:
+    path = rows["sft"] / "result.json"
+    result = json.loads(path.read_text())
+    result["metrics"]["stopped"] = "stopped at step 3 because the reward fell; kept step 2"
+    path.write_text(json.dumps(result))
+    (_, blocks), *_ = report.collect(rows).sections
+    said = "sft stopped at step 3 because the reward fell; kept step 2."
+    assert said in [block.text for block in blocks if isinstance(block, Text)]
 
 
 def test_the_page_needs_no_other_file_and_is_well_formed(rows: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from nanochat_core.data import tasks
 from nanochat_core.data.tasks import load_task
-from nanochat_core.data.tasks.base import Rows, dialogue
+from nanochat_core.data.tasks.base import Rows, dialogue, final_number
 from nanochat_core.eval import chat, core
 from nanochat_core.infer.engine import Completion, Engine
 from nanochat_core.infer.sampling import Sampling
@@ -241,6 +241,12 @@ def test_damaged_assets_are_found_before_any_training(tmp_path: Path) -> None:
     (path / "eval_bundle" / "eval_data" / "factbook_recall.jsonl").unlink()
     with pytest.raises(ValueError, match=r"factbook_recall\.jsonl is missing"):
         assets.check(path)
+
+
+def test_answers_after_the_mark_are_compared_as_numbers() -> None:
+    ten = dialogue("5 + 5?", "#### 10")
+    assert all(final_number(ten, f"so\n#### {said}") for said in ("10", "10.", "10.0", " 10 ", "$10"))
+    assert not any(final_number(ten, f"#### {said}") for said in ("", "-10", "100", "1.0", "ten"))
 
 
 def test_sample_seeds_do_not_collide() -> None:
