@@ -413,6 +413,7 @@ def execute(path: Path) -> None:
                 return
             if finished_meanwhile(job, record):
                 return
+            inputs.insist_on(job, record["inputs"])  # who was told of other inputs must not undo a result
             (job.path / "result.json").unlink(missing_ok=True)
             if stage.device:
                 stack.enter_context(store.locked(base_dir / "locks" / "device.lock"))
@@ -423,9 +424,8 @@ def execute(path: Path) -> None:
         store.note_attempt(job.path, "started", pid=os.getpid(), previous_end=last_sign_of_life(job.path))
         stack.enter_context(machine.logged(job.path / "machine.jsonl"))
         try:
-            inputs.insist_on(job, record["inputs"])
             metrics = stage.module.run(job.config, job)
-            # Training stages have read all but the shards at their start, and hash each shard as they open it:
+            # Training stages read all but the shards at their start, and hash each shard as they open it:
             # days are not to be lost over what was not used.
             if stage.ranks == "one":
                 inputs.insist_on(job, record["inputs"])

@@ -63,3 +63,15 @@ def test_the_orchestrators_password_does_not_reach_a_stage(monkeypatch: pytest.M
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:secret")
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql://me:secret@there/db")
     assert "secret" not in str(launch.environment())
+
+
+def test_an_attempt_that_was_told_of_other_inputs_does_not_undo_a_result(toy: Toy) -> None:
+    made = toy.plan(until="mid")
+    toy.make(made)
+    job = made.jobs["mid"].path / "job.json"
+    record = launch.describe(made, "mid", None)
+    record["inputs"]["model"]["content"] = "what pretrain held before it was made again"
+    store.write_json(job, record)
+    with pytest.raises(inputs.Lost, match="mid reads pretrain, which has been made again meanwhile"):
+        launch.execute(job)
+    assert plans.explain(made)["mid"].state == "hit"
