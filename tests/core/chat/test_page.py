@@ -22,7 +22,7 @@ def tokenizer() -> Tokenizer:
     return train(["the quick brown fox jumps over the lazy dog", *[SCRIPT] * 20], 310)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def browser() -> Iterator["sync_api.Browser"]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
