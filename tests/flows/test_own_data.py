@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +114,46 @@ def test_an_interrupted_repackage_goes_on(tmp_path: Path) -> None:
     runs = len(list(out.rglob("run_*.arrow")))
     done = nanochat(*words)
     assert done.returncode == 0 and runs > 0, done.stderr
+
+
+def test_identity_says_how_far_it_is_and_what_comes_next(tmp_path: Path) -> None:
+    asked: list[str | None] = []
+
+    class Writer(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.headers["Authorization"])
+            turns = [("user", f"who are you, {len(asked)}?"), ("assistant", "I am Ada.")]
+            said = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+            body = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Writer)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    out, persona = tmp_path / "ada.jsonl", tmp_path / "ada.txt"
+    persona.write_text("{name} lives on a boat.")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    words = ["identity", str(out), "--base-url", url, "--model", "m", "--name", "Ada", "--count", "12"]
+    try:
+        done = nanochat(*words, "--persona", str(persona), NANOCHAT_API_KEY="secret")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == ["10 of 12 conversations", "12 of 12 conversations"]
+    assert done.stdout.splitlines() == [
+        f"done: 12 new conversations in {out}",
+        f"next: nanochat run PROFILE --set assets.identity={out}",
+    ]
+    assert set(asked) == {"Bearer secret"} and "secret" not in done.stdout + done.stderr + out.read_text()
 
 
 def test_what_the_user_can_mend_is_one_line(tmp_path: Path) -> None:
