@@ -80,15 +80,18 @@ def service_lines(base_dir: Path) -> "list[Line]":
 
 def alive_workers(url: str) -> int | None:
     """Workers of our pool that the server has heard of lately; None if it does not say."""
+    import base64
     import urllib.error
     import urllib.request
 
     from flows.services import POOL
 
     headers = {"content-type": "application/json"}
-    key = os.environ.get("PREFECT_API_KEY")
+    key, password = os.environ.get("PREFECT_API_KEY"), os.environ.get("PREFECT_API_AUTH_STRING")
     if key:
         headers["authorization"] = f"Bearer {key}"
+    elif password:
+        headers["authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
     asked = urllib.request.Request(f"{url}/work_pools/{POOL}/workers/filter", b"{}", headers)
     try:
         with urllib.request.urlopen(asked, timeout=10) as answer:

@@ -4,7 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from toys import PROFILE, Command
@@ -50,6 +54,64 @@ def test_two_runs_side_by_side_tell_what_differed_and_what_came_of_it(nanochat: 
     assert document["metrics"]["sft/chatcore"] == [0.5, 0.5]
     wrong = nanochat("compare", P, "nowhere")
     assert wrong.returncode == 2 and "there is no finished run of nowhere" in wrong.stderr
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of a Prefect server as the doctor asks for."""
+
+    workers: ClassVar[list[dict[str, str]]] = []
+    asked: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        self.answer(b"true")
+
+    def do_POST(self) -> None:
+        self.asked.append(self.headers.get("authorization"))
+        self.answer(json.dumps(self.workers).encode())
+
+    def answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def prefect_like() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/api"
+        server.shutdown()
+        thread.join()
+
+
+def test_the_doctor_tells_whether_a_worker_takes_runs(
+    prefect_like: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.verbs.doctor import service_lines
+
+    monkeypatch.setenv("PREFECT_API_URL", prefect_like)
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "ada:secret")
+    monkeypatch.delenv("PREFECT_API_KEY", raising=False)
+    Server.workers = [{"status": "ONLINE"}, {"status": "OFFLINE"}]
+    assert [(line.name, line.state) for line in service_lines(tmp_path)] == [
+        ("Prefect", "ok"),
+        ("worker", "ok"),
+    ]
+    assert Server.asked[-1] == "Basic YWRhOnNlY3JldA=="
+    Server.workers = [{"status": "OFFLINE"}]
+    assert [line.state for line in service_lines(tmp_path)] == ["ok", "warn"]
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    (line,) = service_lines(tmp_path)
+    assert line.state == "warn" and "does not answer" in line.found
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "none"))
+    (line,) = service_lines(tmp_path)
+    assert line.state == "ok" and "not up" in line.found
 
 
 @pytest.mark.slow
