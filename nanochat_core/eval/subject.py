@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanochat_core.chat.load import load_chat
+from nanochat_core.data.fetch import offline
 from nanochat_core.eval.core import Tokens
 from nanochat_core.eval.spans import Logits
 from nanochat_core.infer.exported import is_exported
@@ -45,11 +46,15 @@ def from_transformers(name: str, device: torch.device) -> Subject:
         ) from None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
+        where = {"local_files_only": offline()}
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{name} is no causal language model that can be loaded: {why}") from None
+        raise ValueError(
+            f"{name} is no causal language model that can be loaded ({why}); "
+            f"give a stage of the latest run, a directory, or a model's full name on the hub"
+        ) from None
     config = model.config
     context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     known = identity(Path(name)) if Path(name).is_dir() else f"{name} {getattr(config, '_commit_hash', None)}"
