@@ -170,7 +170,9 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(
         load_subject(str(tmp_path / "empty"), CPU)
 
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")  # nothing is asked of the hub
-    with pytest.raises(ValueError, match=r"pretrian is no .* give a stage of the latest run, a directory, or"):
+    with pytest.raises(
+        ValueError, match=r"pretrian is no .* give a stage of the latest run, a directory, or"
+    ):
         CliRunner().invoke(app, ["core", "pretrian", "--bundle", str(files)], catch_exceptions=False)
 
     class Nameless:
