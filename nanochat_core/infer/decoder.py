@@ -140,11 +140,13 @@ class Decoder:
         ]
         self._slots = [(k.view(-1, width), v.view(-1, width)) for k, v in zip(self._k, self._v, strict=True)]
 
+    @torch.inference_mode()
     def copy(self, source: int, target: int, count: int) -> None:
         """The first tokens of one row, to another row."""
         for cache in (self._k, self._v):
             cache[:, target, :count] = cache[:, source, :count]
 
+    @torch.inference_mode()
     def read(
         self,
         tokens: Sequence[int],
