@@ -101,7 +101,8 @@ def launch(
     beside = forced(plan, name, rerun) and ((job.path / "result.json").exists() or again.exists())
     work = again if beside else job.path
     work.mkdir(parents=True, exist_ok=True)
-    store.write_json(work / "job.json", describe(plan, name, rerun))
+    # Only a row that is to be made again bears the request's name: two runs at once share any other's result.
+    store.write_json(work / "job.json", describe(plan, name, rerun if name in plan.rerun else None))
     log = work / "log.txt"
     begin = log.stat().st_size if log.exists() else 0
     with log.open("ab") as out:

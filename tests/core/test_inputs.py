@@ -1,6 +1,7 @@
 """Damage to what a stage reads: found by hashes before it is used, taken back, made again."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,18 @@ def test_an_attempt_that_was_told_of_other_inputs_does_not_undo_a_result(toy: To
     with pytest.raises(inputs.Lost, match="mid reads pretrain, which has been made again meanwhile"):
         launch.execute(job)
     assert plans.explain(made)["mid"].state == "hit"
+
+
+def test_two_runs_at_once_make_a_stage_once_each_under_its_own_name(toy: Toy) -> None:
+    made = toy.plan("pretrain.steps=30", "pretrain.pause=0.02", until="pretrain")
+    toy.make(toy.plan(until="shards"))
+    threads = [
+        threading.Thread(target=launch.launch, args=(made, "pretrain"), kwargs={"rerun": name})
+        for name in ("one run", "another run")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    attempts = store.read_attempts(made.jobs["pretrain"].path)
+    assert [event["event"] for event in attempts] == ["started", "finished"]
