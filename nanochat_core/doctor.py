@@ -3,6 +3,7 @@
 A check goes from facts, read where `Edges` says, to a line; nothing here decides by itself where to look.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -159,7 +160,12 @@ def attempt(plan: Plan, wants_gpu: bool, edges: Edges) -> tuple[dict[str, Any], 
     """Try torch out, and once more with the system's ptxas if compiling failed for want of a newer one; not
     beside a stage at work, which would be in the way of both."""
     device = "cuda" if wants_gpu else "cpu"
-    with store.locked(plan.runtime.base_dir / "locks" / "device.lock", wait=False) as free:
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = store.locked(plan.runtime.base_dir / "locks" / "device.lock", wait=False)
+            free = stack.enter_context(lock)
+        except OSError:  # nothing can be written there, of which another line tells
+            free = True
         options: dict[str, Any] = {"device": device, "compile": plan.runtime.compile}
         tried = edges.trial(**options, burn=(BURN_SECONDS if wants_gpu else 1.0) if free else 0.0)
         ptxas = edges.machine.root / PTXAS

@@ -192,6 +192,16 @@ def test_a_real_disk_too_small_is_found(box: Box, spark: plans.Plan, tmp_path: P
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_base_directory_that_cannot_be_is_a_finding_not_an_error(box: Box) -> None:
+    made = plans.load("cpu-demo", base_dir=Path("/proc/nanochat"))
+    real = Edges(
+        Machine(box.root, box.ask), probe=edges.probe, trial=box.attempt, reach=lambda url: box.reached
+    )
+    found = {line.name: line for line in doctor.examine(made, plans.explain(made), real).lines}
+    assert found["writing"].state == "fail" and "choose another --base-dir" in found["writing"].remedy
+    assert found["disk"].state == "fail"
+
+
 def test_no_network_is_a_fault_only_while_something_is_to_be_fetched(
     box: Box, spark: plans.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
