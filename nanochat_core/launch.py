@@ -479,6 +479,17 @@ def last_sign_of_life(directory: Path) -> float:
     return max(times, default=0.0)
 
 
+def out_of_space(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error: what writes tensors says it in words only."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def main(argv: list[str]) -> int:
     if len(argv) != 1:
         print("usage: python -m nanochat_core.launch JOB_DIR/job.json", file=sys.stderr)
@@ -501,17 +512,13 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", flush=True)
         return INPUT_LOST if isinstance(error, inputs.Lost) else 1
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    except Exception as error:
+        full = out_of_space(error)
         with contextlib.suppress(OSError):  # the log is on that disk too, so the exit code says it as well
             traceback.print_exc()
-            print(f"error: {FULL if full else error}", flush=True)
+            what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            print(f"error: {FULL if full else what}", flush=True)
         return DISK_FULL if full else 1
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
-            print(f"error: {type(error).__name__}: {error}", flush=True)
-        return 1
     return 0
 
 

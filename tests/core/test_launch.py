@@ -267,3 +267,14 @@ def test_nothing_pending_after_a_run(toy: Toy) -> None:
     assert all(pending(made, name) for name in FIRST_OF_ALL)
     toy.run(made)
     assert not any(pending(made, name) for name in FIRST_OF_ALL)
+
+
+def test_a_full_disk_is_known_by_its_number_or_its_words_however_deep() -> None:
+    import errno
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    wrapped = RuntimeError("the checkpoint could not be written")
+    wrapped.__cause__ = full
+    said = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert all(launching.out_of_space(error) for error in (full, wrapped, said))
+    assert not launching.out_of_space(ValueError("the loss is not finite"))
