@@ -250,6 +250,12 @@ def main(asked: Mapping[str, Any]) -> dict[str, Any]:
         found, how = timed[0], f"{layers[0]} layers, measured"
     else:
         (low, high), (a, b) = layers, timed
+        odd = next((key for key in a if b[key] < a[key]), None)
+        if odd is not None:  # the line through them would end below zero
+            raise ValueError(
+                f"{high} layers took less time than {low} ({odd}: {b[odd]:.3g} s, not {a[odd]:.3g}), so "
+                "something else was at work; try again when this machine is quiet"
+            )
         reach = (shape.n_layer - low) / (high - low)
         found = {key: a[key] + reach * (b[key] - a[key]) for key in a}
         how = f"reckoned from {low} and {high} of {shape.n_layer} layers, measured"
@@ -289,12 +295,14 @@ def _time(shape: GPTConfig, runtime: Runtime, world: Any, batches: list[int]) ->
         work()  # compiles, fills caches
         if cuda:
             torch.cuda.synchronize()
-        begin = time.monotonic()
+        taken = []
         for _ in range(times):
+            begin = time.monotonic()
             work()
-        if cuda:
-            torch.cuda.synchronize()
-        return (time.monotonic() - begin) / times
+            if cuda:
+                torch.cuda.synchronize()
+            taken.append(time.monotonic() - begin)
+        return min(taken)  # what others did to this machine meanwhile is left out as far as can be
 
     state = new_state(GPT(shape).init_weights(0), Training().rates(2**19), world)
     runtime = runtime.model_copy(update={"device_batch": {}})
@@ -316,7 +324,7 @@ def _time(shape: GPTConfig, runtime: Runtime, world: Any, batches: list[int]) ->
         state.optimizer.reduce()
         state.optimizer.update(lr=0.01, momentum=0.9, weight_decay=0.0, grad_scale=1.0)
 
-    found["update"] = seconds(update, 1)
+    found["update"] = seconds(update)
     state.optimizer.zero_grad()
     model = state.model.eval()
     with torch.no_grad():

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 QUICK_SECONDS = 20.0  # of a calibration that a plan makes unasked
 SOON_SECONDS = 3600.0  # what ends within the hour needs no date
+LONGEST_SECONDS = 3e9  # a century: no calendar is asked about more
 
 
 def plan(
@@ -64,7 +65,7 @@ def plan(
     lost = wasted(made, verdicts)
     need, room = needs(made, verdicts), free_bytes(made.runtime.base_dir)
     known = sum(cost.seconds or 0.0 for cost in costs.values())
-    ends = datetime.now().astimezone() + timedelta(seconds=known)
+    ends = datetime.now().astimezone() + timedelta(seconds=min(known, LONGEST_SECONDS))
     if as_json:
         stages = {
             name: {
@@ -120,7 +121,7 @@ def plan(
     more = f", and {unknown} stages that have not been timed yet" if unknown else ""
     if known or unknown:
         print(f"disk: {count(need.disk)}B still needed at its fullest, {count(room)}B free")
-        date = f", until {ends:%A %d %B %H:%M} if it starts now" if known > SOON_SECONDS else ""
+        date = f", until {ends:%A %d %B %Y %H:%M} if it starts now" if known > SOON_SECONDS else ""
         print(f"{made.title}: {span(known)} by what is known{more}{date}. Nothing was run.")
     else:
         print("All done.")

@@ -107,6 +107,10 @@ def test_a_slice_is_drawn_out_to_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_
     found = calibrate.main({"shape": shape, "runtime": runtime, "layers": [4, 8], "rows": [1]})
     assert found["points"][0]["tokens_per_s"] == pytest.approx(100 / 11)
     assert found["update_seconds"] == pytest.approx(2.0) and "4 and 8 of 20 layers" in found["how"]
+    noise = {4: 9.0, 8: 3.0}
+    monkeypatch.setattr(calibrate, "_time", lambda shape, *rest: {"train 1": noise[shape.n_layer]})
+    with pytest.raises(ValueError, match=r"8 layers took less time than 4.*when this machine is quiet"):
+        calibrate.main({"shape": shape, "runtime": runtime, "layers": [4, 8], "rows": [1]})
 
 
 @pytest.mark.slow
