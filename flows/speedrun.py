@@ -21,7 +21,8 @@ from flows.watch import Cancellation, Watch
 from nanochat_core import inputs
 from nanochat_core import plan as plans
 from nanochat_core.copies import following
-from nanochat_core.launch import InputLost, StageFailed, insist, log_tail, pending, result_of
+from nanochat_core.last_words import log_tail
+from nanochat_core.launch import InputLost, StageFailed, insist, pending, result_of
 from nanochat_core.pipeline import STAGES
 from nanochat_core.plan import Plan
 from nanochat_core.progress import Row, Terminal, headline, span

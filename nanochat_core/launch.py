@@ -9,14 +9,10 @@ it is), result.json (that it is done).
 import contextlib
 import ctypes
 import errno
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_core import copies, guard, inputs, machine, nodes, orphans, store
+from nanochat_core.last_words import DISK_FULL, FULL, killed_rank, last_words, said_since
 from nanochat_core.pipeline import BY_NAME
-from nanochat_core.plan import Plan, code_digest, judge, rerun_path, saved_step
+from nanochat_core.plan import Plan, judge, rerun_path, saved_step
+from nanochat_core.provenance import provenance
 from nanochat_core.stage import Interrupted, Job, Metrics, Runtime
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with every line of a job's metrics file, as it is written."""
 
 INTERRUPTED = 130  # exit codes of the child
-DISK_FULL = 28
 INPUT_LOST = 66
-FULL = "the disk is full; free some space and run the same command to go on"
 STOP_SECONDS = 120.0  # a stage that was told to stop gets this long for its checkpoint
 POLL_SECONDS = 0.2
 # Threads of a CPU kernel sleep while they wait for each other: spinning halves the speed as soon as
@@ -250,52 +246,6 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def last_words(log: Path, begin: int, code: int) -> str:
-    """Why a process ended, in its own words: its error line, or the end of its log. With several ranks the
-    first to fail says why; the others only lost it."""
-    if not log.exists():  # the whole directory was taken away
-        return f"its process ended with code {code} and its directory is gone; run the same command again"
-    lines = said_since(log, begin)
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if code == DISK_FULL:
-        return FULL
-    if code < 0:
-        return f"its process was ended by {signal.Signals(-code).name}; run the same command to go on"
-    killed = killed_rank(lines)
-    if killed is not None:
-        return f"rank {killed[0]} was ended by {killed[1].name}; run the same command to go on"
-    if errors:
-        return errors[0]
-    return "\n  " + "\n  ".join(lines[-8:]) if lines else f"its process ended with code {code} and no message"
-
-
-def said_since(log: Path, begin: int) -> list[str]:
-    with log.open("rb") as f:
-        f.seek(begin)
-        return f.read()[-40_000:].decode(errors="replace").strip().splitlines()
-
-
-def killed_rank(lines: list[str]) -> tuple[int, signal.Signals] | None:
-    """The rank that a signal ended, by torchrun's account, which has SIGTERM for those it ended itself."""
-    rank = None
-    for line in lines:
-        if match := re.match(r"\s*rank\s*: (\d+) \(", line):
-            rank = int(match[1])
-        elif rank is not None and (match := re.match(r"\s*exitcode\s*: -(\d+) ", line)):
-            number = signal.Signals(int(match[1]))
-            if number != signal.SIGTERM:
-                return rank, number
-    return None
-
-
-def log_tail(log: Path, lines: int = 30) -> str:
-    """The end of a log, for whoever is shown that its stage has failed."""
-    try:
-        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-    except FileNotFoundError:
-        return ""
-
-
 def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
     """The content of job.json: everything the child needs, and all that explains the artefact later."""
     job = plan.jobs[name]
@@ -329,41 +279,6 @@ def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
         "runtime": plan.runtime.model_dump(mode="json") | {"base_dir": str(plan.runtime.base_dir.resolve())},
         "provenance": provenance(),
     }
-
-
-def provenance() -> dict[str, Any]:
-    versions = {}
-    for package in ("nanochat", "nanochat-bpe", "torch", "pyarrow", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        **git_state(),
-        "code": code_digest(),
-        "versions": versions,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "host": socket.gethostname(),
-        "hardware": machine.hardware(),
-    }
-
-
-def git_state() -> dict[str, Any]:
-    """The commit this code was checked out at, if it was."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return {"commit": None, "dirty": None}
-    try:
-        return {
-            "commit": git("rev-parse", "HEAD") or None,
-            "dirty": bool(git("status", "--porcelain")),
-        }
-    except OSError:  # no git on this machine
-        return {"commit": None, "dirty": None}
-
-
-def git(*words: str) -> str:
-    root = Path(__file__).resolve().parents[1]
-    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
 
 
 # The child's side.

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("status", "forecast", "trial", "joining"),
     ("calibrate",),
     ("launch",),
-    ("guard", "inputs", "copies", "nodes"),
+    ("guard", "inputs", "copies", "nodes", "provenance"),
     ("plan",),
     ("pipeline",),
     ("stages",),
@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model", "tokenizer"),
     ("progress",),
     ("orphans", "mirror"),
-    ("stage", "store", "machine", "published"),
+    ("stage", "store", "machine", "published", "last_words"),
 )
 HEAVY = {
     "torch",
