@@ -244,14 +244,18 @@ INTERRUPTING = {
 
 
 def outcome(plan: plans.Plan) -> dict[str, Any]:
-    """What must not depend on what happened on the way: all weights, and every number of the report."""
+    """What must not depend on what happened on the way: all weights, and every number of the report but those
+    about the way itself (`run/`: seconds, restarts, energy)."""
     weights = {
         stage: hashlib.sha256((plan.jobs[stage].path / "model.safetensors").read_bytes()).hexdigest()
         for stage in TRAINED
         if stage in plan.jobs
     }
-    report = result_of(plan.jobs["report"].path) if "report" in plan.jobs else None
-    return {"weights": weights, "report": report}
+    report = result_of(plan.jobs["report"].path) if "report" in plan.jobs else {}
+    return {
+        "weights": weights,
+        "report": {key: value for key, value in report.items() if not key.startswith("run/")},
+    }
 
 
 def ran_twice(base: Path, allowed: set[str]) -> list[str]:
