@@ -41,7 +41,7 @@ class Answer:
                 some = [piece for token in tokens for piece in self._reader.read(token)]
                 if self._ticket.finish is not None:
                     some += self._reader.end()
-                yield self._cut(some)
+                yield joined(self._cut(some))
                 if self.finish:
                     return
             self.finish = self._ticket.finish or "stop"
@@ -87,6 +87,17 @@ class Answer:
             self._held = text[len(text) - held :]
             free.append(Piece("text", text[: len(text) - held]))
         return [piece for piece in free if piece.text]
+
+
+def joined(pieces: list[Piece]) -> list[Piece]:
+    """The same text in fewer pieces."""
+    whole: list[Piece] = []
+    for piece in pieces:
+        if piece.kind == "text" and whole and whole[-1].kind == "text":
+            whole[-1] = Piece("text", whole[-1].text + piece.text)
+        else:
+            whole.append(piece)
+    return whole
 
 
 class Stream(StreamingResponse):

@@ -1,6 +1,7 @@
 """One thread that runs the engine, many clients that await its answers."""
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -10,6 +11,8 @@ from nanochat_core.infer.engine import Engine, Request
 from nanochat_core.infer.sampling import Sampling
 
 Finish = Literal["stop", "length"]
+# Between two pieces of news for one client: smooth to the eye, and an event costs more than a token.
+PACE_SECONDS = 0.04
 
 
 class Busy(Exception):
@@ -38,22 +41,34 @@ class Ticket:
         self.finish: Finish | None = None
         self.made = 0  # tokens so far
         self._batcher = batcher
-        self._updates: asyncio.Queue[Update] = asyncio.Queue()
+        self._waiting: list[int] = []  # tokens that the client has not been told of
+        self._last: Update | None = None  # the one that ended it
+        self._news, self._end = asyncio.Event(), asyncio.Event()
 
     async def tokens(self, seconds: float) -> AsyncIterator[list[int]]:
-        """Tokens as they come, until `finish` is set; TimeoutError when the time is over."""
+        """The first token at once, then those of each PACE_SECONDS together, until `finish` is set;
+        TimeoutError when the time is over."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while self.finish is None:
-            update = await asyncio.wait_for(self._updates.get(), deadline - loop.time())
-            if update.error is not None:
-                raise Failed(update.error)
-            self.finish = update.finish
-            self.made += len(update.tokens)
-            yield update.tokens
+            await asyncio.wait_for(self._news.wait(), deadline - loop.time())
+            self._news.clear()
+            if self._last is not None and self._last.error is not None:
+                raise Failed(self._last.error)
+            tokens, self._waiting = self._waiting, []
+            self.finish = self._last.finish if self._last is not None else None
+            self.made += len(tokens)
+            yield tokens
+            if self.finish is None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._end.wait(), PACE_SECONDS)
 
     def news(self, update: Update) -> None:
-        self._updates.put_nowait(update)
+        self._waiting += update.tokens
+        if update.finish is not None or update.error is not None:
+            self._last = update
+            self._end.set()
+        self._news.set()
 
     def close(self) -> None:
         """Free the row, or the place in the queue."""

@@ -73,6 +73,16 @@ def test_a_stream_says_the_same_piece_by_piece(running) -> None:
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
 
 
+def test_a_fast_model_is_told_of_in_fewer_events_than_tokens_and_in_the_same_words(running) -> None:
+    client = running()
+    asked = {"prompt": "Q", "temperature": 0, "max_tokens": 100}
+    whole = client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+    with client.stream("POST", "/v1/completions", json=asked | {"stream": True}) as response:
+        texts = [chunk["choices"][0]["text"] for chunk in events(response) if chunk["choices"]]
+    assert "".join(texts) == whole
+    assert len(whole) == 100 and len(texts) < 50
+
+
 def test_plain_completions_continue_a_text_until_a_stop_or_the_limit(running) -> None:
     client = running()
 

@@ -165,11 +165,10 @@ def test_answers_of_another_evaluation_are_never_taken_for_this_ones(
 def test_what_cannot_be_loaded_is_said_in_a_sentence(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("NANOCHAT_OFFLINE", "1")  # nothing is asked of the hub
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty is no causal language model that can be loaded"):
         load_subject(str(tmp_path / "empty"), CPU)
-
-    monkeypatch.setenv("NANOCHAT_OFFLINE", "1")  # nothing is asked of the hub
     with pytest.raises(
         ValueError, match=r"pretrian is no .* give a stage of the latest run, a directory, or"
     ):

@@ -1,0 +1,90 @@
+"""Takes the pictures of Prefect's UI in docs/prefect/ while a real run is at work, and of its report at the end.
+
+    uv run python docs/prefect_pictures.py [--profile cpu-demo] [--out docs/prefect]
+
+Starts a server, worker and reconciler of its own in a temporary directory, as `nanochat up` does, and the
+profile's deployment on them. Wants Chromium; nothing leaves this machine.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from machine import Machine, until
+
+AT_WORK = "mid"  # the stage during which the pictures are taken: some are done, some are to come
+
+
+def settled(page: Page, address: str) -> None:
+    """The page once it has drawn what it asked the server for; it goes on asking, so there is no idle net."""
+    page.goto(address)
+    page.wait_for_selector("main, .p-layout-default, #app")
+    page.wait_for_timeout(5000)
+
+
+def take(page: Page, machine: Machine, run: str, out: Path) -> None:
+    ui = machine.api.removesuffix("/api")
+    settled(page, f"{ui}/runs/flow-run/{run}")
+    page.screenshot(path=out / "run.png")
+    for tab in ("Task Runs", "Artifacts", "Logs"):
+        found = page.get_by_role("tab", name=tab)
+        if found.count():
+            found.first.click()
+            page.wait_for_timeout(3000)
+            page.screenshot(path=out / f"{tab.lower().replace(' ', '-')}.png")
+    kinds = {"progress": "progress", "markdown": "curve"}
+    wanted = {"artifacts": {"flow_run_id": {"any_": [run]}}, "sort": "CREATED_DESC", "limit": 200}
+    for artifact in machine.ask("artifacts/filter", wanted):
+        name = kinds.get(artifact["type"])
+        if name and (artifact["key"] == "pretrain" or name == "progress"):
+            kinds.pop(artifact["type"])
+            settled(page, f"{ui}/artifacts/artifact/{artifact['id']}")
+            page.screenshot(path=out / f"{name}.png")
+    deployment = machine.ask("deployments/name/speedrun/cpu-demo")["id"]
+    settled(page, f"{ui}/deployments/deployment/{deployment}/run")
+    page.screenshot(path=out / "start.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--profile", default="cpu-demo")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "prefect")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    root = Path(tempfile.mkdtemp(prefix="nanochat-pictures-"))
+    machine = Machine(root, OMP_NUM_THREADS="2")
+    try:
+        machine.up()
+        run = machine.start(options.profile)
+        if until(lambda: machine.stage() == AT_WORK, 1800) is None:
+            raise SystemExit(f"{AT_WORK} did not begin: {machine.state(run)}")
+        time.sleep(20)  # for progress to show
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1440, "height": 960})
+            take(page, machine, run, options.out)
+            until(lambda: machine.state(run)["type"] in ("COMPLETED", "FAILED", "CRASHED"), 1800, every=2)
+            print(machine.state(run)["name"])
+            settled(page, f"{machine.api.removesuffix('/api')}/runs/flow-run/{run}")
+            page.screenshot(path=options.out / "done.png")
+            report = next((machine.base / "report").glob("*/report.html"))
+            page.goto(report.as_uri())
+            page.screenshot(path=options.out / "report.png", full_page=True)
+            browser.close()
+    finally:
+        machine.down()
+        machine.power_cut()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
