@@ -1,4 +1,4 @@
-"""Takes the pictures of Prefect's UI in docs/prefect/ while a real run is at work, and of its report at the end.
+"""Takes the pictures of Prefect's UI in docs/prefect/ while a real run is at work, and of its report.
 
     uv run python docs/prefect_pictures.py [--profile cpu-demo] [--out docs/prefect]
 

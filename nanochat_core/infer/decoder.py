@@ -19,7 +19,6 @@ from nanochat_core.model import attention
 from nanochat_core.model.gpt import GPT, NORM_EPS, Attention, Block, angles
 from nanochat_core.model.shape import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 
-
 EXACT = 32  # rows up to which a product is made for just so many; above, for a multiple of it
 
 
