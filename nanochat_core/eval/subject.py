@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from nanochat_core.chat.load import load_chat
@@ -46,9 +47,13 @@ def from_transformers(name: str, device: torch.device) -> Subject:
         ) from None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        where = {"local_files_only": offline()}
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, **where)
+        place = name
+        if (
+            offline() and not Path(name).is_dir()
+        ):  # asked to stay offline, transformers still looks for adapters
+            place = snapshot_download(name, local_files_only=True)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
