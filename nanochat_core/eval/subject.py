@@ -48,9 +48,7 @@ def from_transformers(name: str, device: torch.device) -> Subject:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         place = name
-        if (
-            offline() and not Path(name).is_dir()
-        ):  # asked to stay offline, transformers still looks for adapters
+        if offline() and not Path(name).is_dir():  # transformers itself would still ask for adapters
             place = snapshot_download(name, local_files_only=True)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)
