@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +38,8 @@ class Newer(ValueError):
 
 def write_whole(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader, or a power cut, never sees half of it."""
-    part = path.with_name(
-        f"{path.name}.{os.getpid()}.part"
-    )  # two processes may write the same record at once
+    # Several processes, and threads of one, may write the same record at once.
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     with part.open("wb") as f:
         f.write(data.encode() if isinstance(data, str) else data)
         f.flush()
