@@ -34,7 +34,7 @@ from nanochat_core.launch import result_of
 TRAINED = ("pretrain", "mid", "sft", "rl")
 DAMAGES = ("artefact deleted", "artefact truncated", "one bit flipped")
 CLOCK_EVERY = 6  # runs: for one in so many the machine is started with a clock that can be set
-DISK_BYTES = 256 * 2**20
+DISK_BYTES = 2**30
 DELAY_SECONDS = 4.0  # the longest wait between a stage's beginning and its fault
 RUN_SECONDS = 1500.0  # a run that takes longer is lost
 

@@ -103,14 +103,14 @@ class Drill:
 
     def fill_disk(self, rng: random.Random) -> str:
         filler = self.machine.base / "filler"
-        with filler.open("wb") as f, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), filler.open("wb") as f:  # it may be full already
             while True:
                 f.write(bytes(2**16))
                 f.flush()
         final = ("FAILED", "COMPLETED", "CRASHED")
         took = until(lambda: self.machine.state(self.run)["type"] in final, 120, every=1)
         state = self.machine.state(self.run)
-        filler.unlink()
+        filler.unlink(missing_ok=True)
         if state["type"] == "FAILED":
             self.retry()
         return f"{state['name']} after {took or 120:.0f} s: {state['message']}"[:100]

@@ -1,6 +1,6 @@
 """Takes the pictures of Prefect's UI in docs/prefect/ while a real run is at work, and of its report.
 
-    uv run python docs/prefect_pictures.py [--profile cpu-demo] [--out docs/prefect]
+    uv run python docs/prefect_pictures.py [--profile tiny] [--out docs/prefect]
 
 Starts a server, worker and reconciler of its own in a temporary directory, as `nanochat up` does, and the
 profile's deployment on them. Wants Chromium; nothing leaves this machine.
@@ -10,7 +10,6 @@ import argparse
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
@@ -32,20 +31,14 @@ def take(page: Page, machine: Machine, run: str, out: Path) -> None:
     ui = machine.api.removesuffix("/api")
     settled(page, f"{ui}/runs/flow-run/{run}")
     page.screenshot(path=out / "run.png")
-    for tab in ("Task Runs", "Artifacts", "Logs"):
-        found = page.get_by_role("tab", name=tab)
-        if found.count():
-            found.first.click()
-            page.wait_for_timeout(3000)
-            page.screenshot(path=out / f"{tab.lower().replace(' ', '-')}.png")
-    kinds = {"progress": "progress", "markdown": "curve"}
+    page.get_by_text("Task Runs", exact=True).last.click()
+    page.wait_for_timeout(3000)
+    page.screenshot(path=out / "task-runs.png")
     wanted = {"artifacts": {"flow_run_id": {"any_": [run]}}, "sort": "CREATED_DESC", "limit": 200}
-    for artifact in machine.ask("artifacts/filter", wanted):
-        name = kinds.get(artifact["type"])
-        if name and (artifact["key"] == "pretrain" or name == "progress"):
-            kinds.pop(artifact["type"])
-            settled(page, f"{ui}/artifacts/artifact/{artifact['id']}")
-            page.screenshot(path=out / f"{name}.png")
+    made = {artifact["key"]: artifact["id"] for artifact in machine.ask("artifacts/filter", wanted)}
+    for key in ("pretrain-progress", "pretrain-curve"):
+        settled(page, f"{ui}/artifacts/artifact/{made[key]}")
+        page.screenshot(path=out / f"{key}.png")
     deployment = machine.ask("deployments/name/speedrun/cpu-demo")["id"]
     settled(page, f"{ui}/deployments/deployment/{deployment}/run")
     page.screenshot(path=out / "start.png")
@@ -55,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--profile", default="cpu-demo")
+    parser.add_argument("--profile", default="tiny")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "prefect")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -67,7 +60,6 @@ def main() -> None:
         run = machine.start(options.profile)
         if until(lambda: machine.stage() == AT_WORK, 1800) is None:
             raise SystemExit(f"{AT_WORK} did not begin: {machine.state(run)}")
-        time.sleep(20)  # for progress to show
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1440, "height": 960})
