@@ -34,6 +34,7 @@ Watch = Callable[[dict[str, Any]], None]
 
 INTERRUPTED = 130  # exit codes of the child
 INPUT_LOST = 66
+FINISHED = 67  # of a rank that found its job done
 STOP_SECONDS = 120.0  # a stage that was told to stop gets this long for its checkpoint
 POLL_SECONDS = 0.2
 # Threads of a CPU kernel sleep while they wait for each other: spinning halves the speed as soon as
@@ -144,7 +145,7 @@ def launch(
         result = store.verify(job.path, plan.runtime.base_dir)
     except store.Damaged as damage:  # somebody's doing, right after it was made
         raise StageKilled(name, f"its artefact is damaged: {damage}", log) from None
-    if process.returncode != 0 or result is None:
+    if result is None or (process.returncode != 0 and pending(plan, name, rerun)):
         final = log if log.exists() else job.path / "log.txt"
         said = said_since(final, begin) if final.exists() else []
         away = plan.runtime.nnodes > 1 and nodes.lost(said)
@@ -284,6 +285,10 @@ def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
 # The child's side.
 
 
+class Finished(Exception):
+    """There is nothing left to do: another process has finished this job."""
+
+
 def die_with_parent() -> None:
     """Ask the kernel for a SIGTERM should the parent die; on a system that cannot, the parent's stop() is all
     there is."""
@@ -326,9 +331,9 @@ def execute(path: Path) -> None:
             orphans.sign(lock)
             if job.path != final and not final.exists() and (job.path / "result.json").exists():
                 job.path.replace(final)  # a re-run that was complete but not yet put in place
-                return
+                raise Finished
             if finished_meanwhile(job, record):
-                return
+                raise Finished
             inputs.insist_on(job, record["inputs"])  # who was told of other inputs must not undo a result
             (job.path / "result.json").unlink(missing_ok=True)
             if stage.device:
@@ -422,6 +427,8 @@ def main(argv: list[str]) -> int:
             os.execv(sys.executable, [sys.executable, *launcher, "-m", "nanochat_core.launch", str(path)])
     try:
         execute(path)
+    except Finished:  # the other ranks wait for this one: by a code of failure torchrun ends them
+        return FINISHED if "RANK" in os.environ else 0
     except Interrupted:
         return INTERRUPTED
     except ValueError as error:

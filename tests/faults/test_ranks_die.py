@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,14 @@ def test_a_rank_that_fails_shows_its_own_error(
     monkeypatch.setenv("PYTHONPATH", str(planted))
     with pytest.raises(launch.StageFailed, match="a planted fault in the second rank"):
         launch.launch(tiny(before, TWO), "pretrain")
+
+
+@pytest.mark.parametrize("before", ["pretrain"], indirect=True)
+def test_of_two_jobs_at_once_the_second_finds_the_result_and_none_of_its_ranks_waits(before: Path) -> None:
+    plan = tiny(before, TWO)
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(launch.launch, plan, "pretrain") for _ in range(2)]
+        first, second = (one.result(timeout=240) for one in found)
+    assert first == second
+    attempts = store.read_attempts(plan.jobs["pretrain"].path)
+    assert [event["event"] for event in attempts] == ["started", "finished"]
