@@ -213,7 +213,7 @@ def drill_until(drill: Drill, args: argparse.Namespace) -> tuple[list[Made], dic
     end = time.monotonic() + 60 * args.minutes
     while len(made) < args.faults and time.monotonic() < end:
         rng = random.Random(f"{args.seed}-{number}")
-        clock = shim and number % CLOCK_EVERY == min(1, CLOCK_EVERY - 1)
+        clock = shim and "clock back an hour" in FAULTS and number % CLOCK_EVERY == 1
         kinds = [next(deck) for _ in range(min(args.per_run, args.faults - len(made)))]
         if clock:
             kinds[-1] = "clock back an hour"
