@@ -79,7 +79,7 @@ def at_work(out: Path) -> Iterator[None]:
 
 def finished(out: Path) -> dict[str, Any] | None:
     """What the shards of a complete folder were made from."""
-    if (out / PARTIAL).exists() or not (out / MANIFEST).is_file():
+    if not (out / MANIFEST).is_file():
         return None
     found: dict[str, Any] | None = json.loads((out / MANIFEST).read_text(encoding="utf-8")).get("made_from")
     return found
@@ -223,7 +223,8 @@ class _Place(NamedTuple):
 def write(wanted: Wanted, out: Path, tell: Tell = lambda step: None) -> Shards:
     """Merge the runs into shards, each whole or not there; at once if that has been done."""
     folder = out / PARTIAL
-    if not folder.exists():
+    if (out / MANIFEST).exists():  # it is written last; runs beside it are what a killed clearing has left
+        shutil.rmtree(folder, ignore_errors=True)
         return _listed(out)
     runs = _runs(folder)
     head = _head(runs[-1])

@@ -273,8 +273,20 @@ for line in Path("/proc/self/status").read_text().splitlines():
 """
 
 
+def test_what_a_killed_clearing_left_does_not_make_shards_again(tmp_path: Path) -> None:
+    wanted, out = Wanted(source(tmp_path / "mine"), shard_chars=50_000), tmp_path / "out"
+    shards, made = repackage(wanted, out), files(out)
+    (out / "partial").mkdir()
+    (out / "partial" / "run_00001.arrow").write_bytes(b"one of many, the rest is deleted")
+    assert repackage(wanted, out) == shards
+    assert files(out) == made and not (out / "partial").exists()
+
+
 @pytest.mark.slow
-def test_kill_9_at_any_moment_leaves_no_half_shard_and_the_same_result(tmp_path: Path) -> None:
+def test_kill_9_at_any_moment_leaves_no_half_shard_and_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BUCKETS", 1024)  # as in the processes that are killed
     rng = random.Random(1)
     text = [f"{i} " + "some words " * rng.randint(1, 400) for i in range(6_000)]
     mine = source(tmp_path / "mine", text)
