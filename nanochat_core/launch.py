@@ -285,10 +285,6 @@ def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
 # The child's side.
 
 
-class Finished(Exception):
-    """There is nothing left to do: another process has finished this job."""
-
-
 def die_with_parent() -> None:
     """Ask the kernel for a SIGTERM should the parent die; on a system that cannot, the parent's stop() is all
     there is."""
@@ -313,8 +309,11 @@ def read_job_file(path: Path) -> tuple[Job, dict[str, Any]]:
     return Job(stage.name, config, reads, path.parent, runtime, record["fingerprint"]), record
 
 
-def execute(path: Path) -> None:
-    """Run a job.json to its result, alone in its directory and, if the stage wants it, on the device."""
+def execute(path: Path) -> bool:
+    """Run a job.json to its result, alone in its directory and, if the stage wants it, on the device.
+
+    False if another process has finished it meanwhile.
+    """
     job, record = read_job_file(path)
     stage = BY_NAME[job.stage]
     base_dir = job.runtime.base_dir
@@ -331,16 +330,16 @@ def execute(path: Path) -> None:
             orphans.sign(lock)
             if job.path != final and not final.exists() and (job.path / "result.json").exists():
                 job.path.replace(final)  # a re-run that was complete but not yet put in place
-                raise Finished
+                return False
             if finished_meanwhile(job, record):
-                raise Finished
+                return False
             inputs.insist_on(job, record["inputs"])  # who was told of other inputs must not undo a result
             (job.path / "result.json").unlink(missing_ok=True)
             if stage.device:
                 stack.enter_context(store.locked(base_dir / "locks" / "device.lock"))
         if not first:
             stage.module.run(job.config, job)
-            return
+            return True
         guard.offer_first()
         store.note_attempt(job.path, "started", pid=os.getpid(), previous_end=last_sign_of_life(job.path))
         stack.enter_context(machine.logged(job.path / "machine.jsonl"))
@@ -371,6 +370,7 @@ def execute(path: Path) -> None:
             job.path.replace(final)
             store.sync_directory(final.parent)
             shutil.rmtree(old, ignore_errors=True)
+    return True
 
 
 def finished_meanwhile(job: Job, record: dict[str, Any]) -> bool:
@@ -426,9 +426,8 @@ def main(argv: list[str]) -> int:
             # the death signal survives exec, so torchrun is told too
             os.execv(sys.executable, [sys.executable, *launcher, "-m", "nanochat_core.launch", str(path)])
     try:
-        execute(path)
-    except Finished:  # the other ranks wait for this one: by a code of failure torchrun ends them
-        return FINISHED if "RANK" in os.environ else 0
+        if not execute(path) and "RANK" in os.environ:
+            return FINISHED  # the other ranks wait for this one: by a code of failure torchrun ends them
     except Interrupted:
         return INTERRUPTED
     except ValueError as error:
