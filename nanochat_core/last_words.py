@@ -5,12 +5,15 @@ import signal
 from pathlib import Path
 
 DISK_FULL = 28  # the exit code of a stage that met a full disk: its log lies there too
+LOST = re.compile(  # what a rank says when another is gone
+    r"Connection (closed|reset) by peer|Dist(Network|Backend|Store)Error|Rendezvous\w*Error"
+)
 FULL = "the disk is full; free some space and run the same command to go on"
 
 
 def last_words(log: Path, begin: int, code: int) -> str:
     """Why a process ended, in its own words: its error line, or the end of its log. With several ranks the
-    first to fail says why; the others only lost it."""
+    first that did not only lose another says why."""
     if not log.exists():  # the whole directory was taken away
         return f"its process ended with code {code} and its directory is gone; run the same command again"
     lines = said_since(log, begin)
@@ -23,7 +26,7 @@ def last_words(log: Path, begin: int, code: int) -> str:
     if killed is not None:
         return f"rank {killed[0]} was ended by {killed[1].name}; run the same command to go on"
     if errors:
-        return errors[0]
+        return next((error for error in errors if not LOST.search(error)), errors[0])
     return "\n  " + "\n  ".join(lines[-8:]) if lines else f"its process ended with code {code} and no message"
 
 

@@ -7,7 +7,6 @@ to stop. Which machine gets rank 0 is torchrun's affair.
 
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterable
@@ -15,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_core import store
+from nanochat_core.last_words import LOST
 from nanochat_core.stage import Runtime
 
 PORT = 29400
 JOIN_SECONDS = 24 * 3600  # how long the machines that are there wait for one that is not
-LOST = re.compile(  # what the ranks of one machine say when those of another are gone
-    r"Connection (closed|reset) by peer|Dist(Network|Backend|Store)Error|Rendezvous\w*Error"
-)
 ANSWER = "NANOCHAT_ANSWER"  # set in a process that answers a call rather than making one
 
 

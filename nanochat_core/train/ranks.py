@@ -94,7 +94,9 @@ def ranks(runtime: Runtime) -> Iterator[World]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(rank, size, device, pick_dtype(runtime, device))
-    finally:
-        torch.set_flush_denormal(False)  # it would stay on for whatever this process does next
+        # Not after an error: the others would see their connections close and say so, while this one has
+        # not yet said why. They close with the process, which ends once it has.
         if size > 1:
             dist.destroy_process_group()
+    finally:
+        torch.set_flush_denormal(False)  # it would stay on for whatever this process does next
