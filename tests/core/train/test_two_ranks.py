@@ -1,23 +1,12 @@
 """Two processes over gloo do what one does: the sharded optimizer, the loop's sums, and a resumed run."""
 
-import hashlib
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from nanochat_core import launch, store
-from nanochat_core import plan as plans
 from nanochat_core.model.gpt import GPT, GPTConfig
 from nanochat_core.optim.groups import parameter_groups
 from nanochat_core.optim.optimizer import Optimizer
@@ -66,39 +55,3 @@ def test_the_sharded_optimizer_equals_one_rank(tmp_path: Path) -> None:
             # flips it.
             close = torch.isclose(found[name], tensor, atol=2e-5, rtol=1e-3).float().mean()
             assert close > 0.998, (name, float(close))
-
-
-@pytest.mark.slow
-def test_a_stage_on_two_ranks_resumes_exactly(tmp_path: Path) -> None:
-    def plan(base: Path) -> plans.Plan:
-        return plans.load("tiny", ["runtime.nproc=2"], base_dir=base, until="pretrain")
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for row in ("shards_head", "shards", "tokenizer"):
-        launch.launch(plan(whole), row)
-    shutil.copytree(whole, parts)
-    launch.launch(plan(whole), "pretrain")
-    path = plan(parts).jobs["pretrain"].path
-    path.mkdir(parents=True)
-    store.write_json(path / "job.json", launch.describe(plan(parts), "pretrain", None))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nanochat_core.launch", str(path / "job.json")], start_new_session=True
-    )
-    metrics = path / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and any('"step": 6' in line for line in metrics.read_text().splitlines()):
-            break
-        time.sleep(0.01)
-    assert process.poll() is None, "it ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
-    launch.launch(plan(parts), "pretrain")
-
-    def outcome(base: Path) -> tuple[str, list[float]]:
-        folder = plan(base).jobs["pretrain"].path
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        return weights, [row["loss"] for row in rows if "loss" in row]
-
-    assert outcome(whole) == outcome(parts)
