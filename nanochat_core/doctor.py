@@ -28,6 +28,8 @@ BAD_KERNEL = "6.17.0-1008"  # of DGX OS 7.4.0: panics that lose the driver (thir
 OLDEST_DRIVER = 580  # the first for CUDA 13
 PTXAS = "usr/local/cuda/bin/ptxas"
 SKEW_SECONDS = 300.0  # a clock further off than this fails TLS and muddles the report
+PATIENCE_SECONDS, AGAIN_SECONDS = 600.0, 20.0  # for what a machine that starts up may not have yet
+TOLD = {"speed", "memory", "disk", "clock"}  # a run under way is told of these and not ended by them
 SLOW_WRITE, SLOW_SYNC = 100e6, 1.0  # bytes/s; s
 
 State = Literal["ok", "warn", "fail"]
@@ -62,9 +64,6 @@ def examine(
     found, why = gpus(machine)
     wants_gpu = runtime.device == "cuda" or (runtime.device == "auto" and bool(found))
     todo = [name for name, verdict in verdicts.items() if verdict.state != "hit"]
-    under_way = any(
-        "params" in plan.facts(row) and verdict.state != "run" for row, verdict in verdicts.items()
-    )
     need = needs(plan, verdicts)
     lines = []
     if wants_gpu or why:
@@ -73,7 +72,7 @@ def examine(
     if todo:
         tried, busy, env = attempt(plan, wants_gpu, edges)
         lines += torch_lines(tried, wants_gpu, env)
-        lines.append(speed_line(tried, busy, under_way))
+        lines.append(speed_line(tried, busy))
     lines += memory_lines(memory(machine), found, need, runtime.device)
     lines += suspend_lines(machine, edges.which)
     lines.append(disk_line(need, edges.free(runtime.base_dir), runtime.base_dir))
@@ -87,22 +86,50 @@ def examine(
 
 
 def preflight(
-    plan: Plan, verdicts: Mapping[str, Verdict], say: Callable[[str], object], edges: Edges | None = None
+    plan: Plan,
+    verdicts: Mapping[str, Verdict],
+    say: Callable[[str], object],
+    edges: Edges | None = None,
+    patience: float = PATIENCE_SECONDS,
 ) -> list[Line]:
     """Before any long work: tell what is doubtful, and end the run over what is broken. Sets the environment
-    that stages need."""
-    found = examine(plan, verdicts, edges)
+    that stages need.
+
+    A run under way is one that goes on after a power cut, with nobody there: it waits for what may come yet,
+    a driver or a disk, and ends only over what no stage can do without.
+    """
+    going = under_way(plan, verdicts)
+    deadline = time.monotonic() + (patience if going else 0.0)
+    while True:
+        found = examine(plan, verdicts, edges)
+        lines = [judged(line, going) for line in found.lines]
+        broken = [line for line in lines if line.state == "fail"]
+        if not broken or time.monotonic() >= deadline:
+            break
+        say(f"{'; '.join(f'{line.name}: {line.found}' for line in broken)}; looking again in a moment")
+        time.sleep(min(AGAIN_SECONDS, patience))
     os.environ.update(found.env)
-    for line in found.lines:
+    for line in lines:
         if line.state != "ok":
             say(f"{line.name}: {line.found}; {line.remedy}" if line.remedy else f"{line.name}: {line.found}")
-    broken = [line for line in found.lines if line.state == "fail"]
     if broken:
         each = "; ".join(f"{line.name}: {line.found} ({line.remedy})" for line in broken)
         raise Unfit(
             f"this machine cannot carry {plan.profile}: {each}. All of it: nanochat doctor {plan.profile}"
         )
-    return found.lines
+    return lines
+
+
+def under_way(plan: Plan, verdicts: Mapping[str, Verdict]) -> bool:
+    """Whether a model of this plan has begun to be trained."""
+    return any("params" in plan.facts(row) and verdict.state != "run" for row, verdict in verdicts.items())
+
+
+def judged(line: Line, going: bool) -> Line:
+    """A line as a run takes it. Downloads wait for the network by themselves: after a power cut the router
+    may be up after this machine."""
+    told = line.name == "network" or (going and line.name in TOLD)
+    return line._replace(state="warn") if told and line.state == "fail" else line
 
 
 # The checks: facts in, lines out.
@@ -184,7 +211,9 @@ def torch_lines(tried: Mapping[str, Any], wants_gpu: bool, env: Mapping[str, str
     words = f"{tried['torch']}, computes in {tried['dtype']}"
     if wants_gpu and tried["device"] != "cuda":
         built = f"built for CUDA {tried['cuda']}" if tried["cuda"] else "built without CUDA"
-        remedy = "uv sync brings a build with CUDA 13; then look at: nvidia-smi"
+        remedy = "look at: nvidia-smi; a reboot loads the driver that is installed"
+        if not tried["cuda"] or int(tried["cuda"].split(".")[0]) < 13:
+            remedy = f"uv sync brings a build with CUDA 13; then {remedy}"
         lines = [Line("torch", "fail", f"{tried['torch']}, {built}, sees no GPU", remedy)]
     elif (
         wants_gpu and tried["cuda"] and int(tried["cuda"].split(".")[0]) < 13 and tried["capability"] >= "12"
@@ -210,8 +239,7 @@ def torch_lines(tried: Mapping[str, Any], wants_gpu: bool, env: Mapping[str, str
     return lines
 
 
-def speed_line(tried: Mapping[str, Any], busy: bool, under_way: bool) -> Line:
-    """A run that is under way is told of a slow GPU, not ended by it: after a power cut nobody is there."""
+def speed_line(tried: Mapping[str, Any], busy: bool) -> Line:
     if busy:
         return Line("speed", "ok", "not measured: a stage is at work on this device")
     rate, peak = tried.get("flops"), tried.get("peak")
@@ -233,7 +261,7 @@ def speed_line(tried: Mapping[str, Any], busy: bool, under_way: bool) -> Line:
             "a power or heat fault: take the power brick off the wall and the box for a minute, give it air, "
             "use its own brick; if it stays so, the unit is to be replaced"
         )
-    return Line("speed", "fail" if rate < fault and not under_way else "warn", words, remedy)
+    return Line("speed", "fail" if rate < fault else "warn", words, remedy)
 
 
 def memory_lines(found: Any, cards: list[Gpu], need: Need, device: str) -> list[Line]:

@@ -1,5 +1,6 @@
 """How long, how much disk and how much memory: what can be said of a plan before anything runs."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,13 @@ CHOSEN = {
     "arc_challenge": 1172,
 }  # answered by one letter: read, not written
 QUESTION_TOKENS = 150
+MEASURES = (
+    base_loss.Config,
+    base_eval.Config,
+    chat_eval.Config,
+    rl.Config,
+)  # what takes as long as the model is large
+HOW = ("device", "precision", "compile", "threads", "nproc", "nnodes")  # of a runtime: what sets the speed
 OVERHEAD = 2e9  # logs, Prefect's database, torch's compile cache
 
 
@@ -45,9 +53,7 @@ class Need(NamedTuple):
 
 def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, Forecast], str]:
     """Each row's share, from its last artefact, a calibration or its FLOPs; and the rate reckoned with."""
-    base_dir = plan.runtime.base_dir
-    earlier = latest_run(base_dir, plan.profile) or latest_run(base_dir) or {}
-    results = {name: result for name, old in earlier.items() if (result := _result(base_dir / name / old))}
+    results = earlier(plan)
     measured = kept(plan)
     rate, source = flops_rate(plan, results)
     speed = measured or assumed(plan, rate)
@@ -59,8 +65,8 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, For
         if verdict.state == "fetch":
             seconds = 0.0  # of work; what copying takes is the network's affair
         elif verdict.state != "hit":
-            if old is not None:
-                seconds = old["seconds"] * growth(facts, old["metrics"])
+            if old is not None and (factor := growth(plan, name, old)) is not None:
+                seconds = old["seconds"] * factor
             elif speed is not None:
                 seconds, about = by_calibration(plan, name, speed)
             elif facts.get("flops"):
@@ -76,6 +82,18 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, For
             f", times {plan.runtime.processes} processes" if plan.runtime.processes > 1 else ""
         )
     return found, f"{count(rate)}FLOP/s, {source}"
+
+
+def earlier(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The results of this profile's latest run, as far as they were made as the plan would make them: another
+    device, or more processes, take another time."""
+    found = {}
+    for name, fingerprint in (latest_run(plan.runtime.base_dir, plan.profile) or {}).items():
+        directory = plan.runtime.base_dir / name / fingerprint
+        result, job = _result(directory), _job(directory)
+        if result and job and all(job["runtime"].get(key) == getattr(plan.runtime, key) for key in HOW):
+            found[name] = result | {"config": job["config"]}
+    return found
 
 
 def by_calibration(plan: Plan, name: str, speed: Calibration) -> tuple[float | None, bool]:
@@ -148,13 +166,14 @@ def sizes(plan: Plan, name: str, verdict: Verdict, old: Mapping[str, Any] | None
 
 def needs(plan: Plan, verdicts: Mapping[str, Verdict]) -> Need:
     """What the rest of a plan wants of disk and memory; checkpoints go when their stage is done, so only the
-    largest heap of them counts."""
+    largest heap of them counts, without what lies there already."""
     todo = {
         name: sizes(plan, name, verdict, None) for name, verdict in verdicts.items() if verdict.state != "hit"
     }
     disk = sum(size or 0 for size, _ in todo.values()) + max(
         (scratch for _, scratch in todo.values()), default=0
     )
+    disk = max(0, disk - sum(_written(plan.jobs[name].path / "checkpoints") for name in todo))
     training = any(_trains(plan, name) and works(verdicts[name]) for name in todo)
     return Need(
         round(disk + (OVERHEAD if training else 0)), round(BYTES_PER_PARAM * _params(plan)) if training else 0
@@ -178,12 +197,20 @@ def _of_hub(plan: Plan) -> bool:
     return shape_of(plan) is not None and plan.jobs["assets"].config.source == "hub"
 
 
-def growth(facts: Mapping[str, float], before: Mapping[str, Any]) -> float:
-    """How much more work a stage is than it was, by the finest measure that both are known by."""
-    for key in ("flops", "tokens", "steps"):
+def growth(plan: Plan, name: str, old: Mapping[str, Any]) -> float | None:
+    """How much more work a stage is than it was, by the finest measure that both are known by; None if that
+    is not to be told, as for an evaluation of another model."""
+    facts, before = plan.facts(name), old["metrics"]
+    if facts.get("flops") and before.get("flops"):
+        return facts["flops"] / float(before["flops"])
+    model = latest_run(plan.runtime.base_dir, plan.profile) or {}
+    heavy = isinstance(plan.jobs[name].config, MEASURES) or _trains(plan, name)
+    if heavy and "pretrain" in plan.jobs and model.get("pretrain") != plan.jobs["pretrain"].fingerprint:
+        return None
+    for key in ("tokens", "steps"):
         if facts.get(key) and before.get(key):
             return facts[key] / float(before[key])
-    return 1.0
+    return 1.0 if plan.jobs[name].config.model_dump(mode="json") == old["config"] else None
 
 
 def flops_rate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> tuple[float, str]:
@@ -192,8 +219,24 @@ def flops_rate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> tuple[float
         result = results.get(name)
         if result and result["metrics"].get("flops") and result["seconds"] > 1:
             return result["metrics"]["flops"] / result["seconds"], f"the last {name} on this machine"
-    rate, source = assumed_rate(plan.runtime)
+    rate, source = assumed_rate(plan)
     return rate * plan.runtime.processes, source
+
+
+def _written(folder: Path) -> int:
+    """Bytes of the files that lie in a folder already."""
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # a stage at work deletes old ones
+            size += path.stat().st_size if path.is_file() else 0
+    return size
+
+
+def _job(directory: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((directory / "job.json").read_text()))
+    except (OSError, ValueError):
+        return None
 
 
 def _result(directory: Path) -> dict[str, Any] | None:

@@ -59,6 +59,11 @@ def count(n: float) -> str:
     return f"{n:g}"
 
 
+def power(n: float) -> str:
+    """FLOPs as their literature writes them: 1.0e19."""
+    return f"{n:.1e}".replace("e+", "e")
+
+
 class Pace:
     """Time left, from how fast the last steps went."""
 

@@ -50,10 +50,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what `run` would do, and why, and what it would cost: nothing is run."""
+    from nanochat_core.calibrate import has_cuda
     from nanochat_core.edges import free_bytes
     from nanochat_core.forecast import forecast, needs
     from nanochat_core.plan import by_other_code, explain, wasted
-    from nanochat_core.progress import count, span
+    from nanochat_core.progress import count, power, span
 
     if compare is not None:
         show_beside(profile, compare, set_ or [], base_dir, as_json)
@@ -98,7 +99,8 @@ def plan(
     for name, verdict in verdicts.items():
         facts, seconds, disk = costs[name].facts, costs[name].seconds, costs[name].disk
         state = f"resume at {verdict.step}" if verdict.state == "resume" else verdict.state
-        numbers = [count(facts[key]) if key in facts else "" for key in ("params", "tokens", "flops")]
+        numbers = [count(facts[key]) if key in facts else "" for key in ("params", "tokens")]
+        numbers.append(power(facts["flops"]) if "flops" in facts else "")
         about = "about " if costs[name].about else ""
         time_text = "" if verdict.state == "hit" else about + span(seconds) if seconds is not None else "?"
         rows.append([name, state, *numbers, time_text, count(disk) + "B" if disk else "", verdict.why])
@@ -120,14 +122,19 @@ def plan(
     unknown = sum(v.state != "hit" and costs[n].seconds is None for n, v in verdicts.items())
     more = f", and {unknown} stages that have not been timed yet" if unknown else ""
     if known or unknown:
-        print(f"disk: {count(need.disk)}B still needed at its fullest, {count(room)}B free")
+        short = f": {count(need.disk - room)}B too few" if room < need.disk else ""
+        print(f"disk: {count(need.disk)}B still needed at its fullest, {count(room)}B free{short}")
         date = f", until {ends:%A %d %B %Y %H:%M} if it starts now" if known > SOON_SECONDS else ""
         print(f"{made.title}: {span(known)} by what is known{more}{date}. Nothing was run.")
     else:
         print("All done.")
     if "an assumed" in rate and trains:
         print(f"to have it measured: {command('plan', profile, set_, rerun, until, base_dir)} --calibrate")
-    print(f"next: {command('run', profile, set_, rerun, until, base_dir)}")
+    if room < need.disk or (made.runtime.device == "cuda" and not has_cuda(made.runtime)):
+        why = command("doctor", profile, set_, None, None, base_dir)
+        print(f"this machine cannot carry it; why, and what to do: {why}")
+    else:
+        print(f"next: {command('run', profile, set_, rerun, until, base_dir)}")
 
 
 def measure(made: "Plan", verdicts: "dict[str, Verdict]", asked: bool | None) -> None:
@@ -154,7 +161,7 @@ def measure(made: "Plan", verdicts: "dict[str, Verdict]", asked: bool | None) ->
 def show_beside(profile: str, other: str, sets: list[str], base_dir: Path, as_json: bool) -> None:
     """Two profiles from the start, by arithmetic; --set changes the first."""
     from nanochat_core.beside import plan_facts
-    from nanochat_core.progress import count
+    from nanochat_core.progress import count, power
 
     root = resolved(base_dir)
     first = plan_facts(load_plan(profile, sets, None, None, root))
@@ -168,6 +175,8 @@ def show_beside(profile: str, other: str, sets: list[str], base_dir: Path, as_js
             return value or ""
         if key in ("depth", "steps", "batch", "vocabulary"):
             return f"{value:,.0f}"
+        if key == "FLOPs":
+            return power(value)
         return count(value) + ("B" if key == "disk" else "")
 
     table(["", profile, other], [[key, words(key, first[key]), words(key, second[key])] for key in first])

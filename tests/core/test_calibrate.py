@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_core import calibrate, forecast
+from nanochat_core import calibrate, forecast, launch, store
 from nanochat_core import plan as plans
 from nanochat_core.beside import plan_facts
 from nanochat_core.calibrate import Calibration, Point
@@ -52,6 +52,45 @@ def test_what_a_spark_takes_is_what_others_measured(tmp_path: Path) -> None:
     assert (
         4 < (days["dgx-spark"]["mid"].seconds or 0) / 3600 < 10
     )  # the published midtraining: 809 steps of 2^19
+
+
+def test_a_machine_of_h100s_is_not_reckoned_as_sparks(tmp_path: Path) -> None:
+    found, rate = costs(plans.load("speedrun-8xh100", base_dir=tmp_path))
+    assert 2.5 < (found["pretrain"].seconds or 0) / 3600 < 3.6 and "three published runs" in rate
+
+
+def finished(plan: Plan, seconds: float) -> None:
+    """Leave the plan's run as if each stage had taken so long."""
+    for name, job in plan.jobs.items():
+        job.path.mkdir(parents=True)
+        record = launch.describe(plan, name, None)
+        store.write_json(job.path / "job.json", record)
+        store.commit(
+            job.path, plan.runtime.base_dir, plan.facts(name), set(), seconds, record["inputs"], None, {}
+        )
+    plans.remember(plan)
+
+
+def test_what_another_profile_took_says_nothing_of_this_one(tmp_path: Path) -> None:
+    spark = plans.load("dgx-spark", base_dir=tmp_path)
+    fresh = costs(spark)
+    finished(plans.load("tiny", base_dir=tmp_path), 3.0)
+    assert costs(spark) == fresh
+
+
+def test_an_evaluation_of_a_larger_model_is_not_taken_to_last_as_long_as_the_last(tmp_path: Path) -> None:
+    finished(plans.load("tiny", base_dir=tmp_path), 3.0)
+    same = plans.load("tiny", base_dir=tmp_path, rerun=["sft"])
+    assert costs(same)[0]["sft_eval"].seconds == 3.0
+    deeper, _ = costs(plans.load("tiny", ["pretrain.depth=12"], base_dir=tmp_path))
+    assert (deeper["pretrain"].seconds or 0) > 6.0  # by its FLOPs
+    assert deeper["sft_eval"].seconds != 3.0 and deeper["sft"].seconds != 3.0
+
+
+def test_what_a_cpu_took_says_nothing_of_a_gpu(tmp_path: Path) -> None:
+    finished(plans.load("tiny", base_dir=tmp_path), 3.0)
+    elsewhere = plans.load("tiny", ["runtime.device=cuda", "pretrain.steps=17"], base_dir=tmp_path)
+    assert (costs(elsewhere)[0]["pretrain"].seconds or 0) != pytest.approx(3.0 * 17 / 16)
 
 
 def test_disk_counts_downloads_once_and_the_largest_heap_of_checkpoints(tmp_path: Path) -> None:

@@ -263,19 +263,59 @@ def test_a_run_ends_over_what_is_broken_and_names_all_of_it(box: Box, spark: pla
     assert len(said) == 2 and "nanochat doctor dgx-spark" in str(refusal.value)
 
 
-def test_a_run_under_way_is_told_of_a_slow_gpu_and_not_ended_by_it(
+UNDER_WAY = plans.Verdict("resume", "was interrupted", 900)
+
+
+def test_a_run_under_way_is_told_of_a_slow_gpu_and_a_full_disk_and_not_ended_by_them(
     box: Box, spark: plans.Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     box.tried["flops"], box.tried["compile"] = 30e12, "ptxas fatal"
+    box.free = 10**9
     box.file(doctor.PTXAS, "")
     monkeypatch.setenv("TRITON_PTXAS_PATH", "")  # so that what the preflight sets is undone
-    verdicts = plans.explain(spark) | {"pretrain": plans.Verdict("resume", "was interrupted", 900)}
     said: list[str] = []
-    lines = doctor.preflight(spark, verdicts, said.append, box.edges())
-    assert [line.state for line in lines if line.name == "speed"] == ["warn"] and "speed" in said[0]
+    lines = doctor.preflight(spark, plans.explain(spark) | {"pretrain": UNDER_WAY}, said.append, box.edges())
+    found = {line.name: line.state for line in lines}
+    assert (found["speed"], found["disk"]) == ("warn", "warn")
+    assert [words.split(":")[0] for words in said] == ["speed", "disk"]
     import os
 
     assert os.environ["TRITON_PTXAS_PATH"] == str(box.root / doctor.PTXAS)  # its stages inherit it
+
+
+def test_a_run_under_way_waits_for_a_driver_that_is_not_up_yet(
+    box: Box, spark: plans.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = box.answers["nvidia-smi"]
+    box.answers["nvidia-smi"] = Said(9, "couldn't communicate with the NVIDIA driver")
+    monkeypatch.setattr(doctor.time, "sleep", lambda seconds: box.answers.update({"nvidia-smi": there}))
+    said: list[str] = []
+    lines = doctor.preflight(spark, plans.explain(spark) | {"pretrain": UNDER_WAY}, said.append, box.edges())
+    assert {line.state for line in lines} == {"ok"}
+    assert len(said) == 1 and "looking again" in said[0]
+
+
+def test_a_run_that_has_not_begun_does_not_wait(box: Box, spark: plans.Plan) -> None:
+    box.answers["nvidia-smi"] = Said(9, "couldn't communicate with the NVIDIA driver")
+    with pytest.raises(doctor.Unfit, match="couldn't communicate"):
+        doctor.preflight(spark, plans.explain(spark), lambda words: None, box.edges())
+
+
+def test_the_network_is_waited_for_by_the_downloads_not_by_the_preflight(box: Box, spark: plans.Plan) -> None:
+    box.reached = Reached("[Errno -3] Temporary failure in name resolution", None)
+    said: list[str] = []
+    doctor.preflight(spark, plans.explain(spark), said.append, box.edges())
+    assert len(said) == 1 and said[0].startswith("network: ") and "name resolution" in said[0]
+
+
+def test_checkpoints_that_lie_there_are_not_asked_for_again(box: Box, spark: plans.Plan) -> None:
+    begun = plans.explain(spark) | {"pretrain": UNDER_WAY}
+    before = doctor.needs(spark, begun).disk
+    folder = spark.jobs["pretrain"].path / "checkpoints" / "step_00000900"
+    folder.mkdir(parents=True)
+    with (folder / "state.safetensors").open("wb") as file:
+        file.truncate(5 * 10**9)
+    assert doctor.needs(spark, begun).disk == before - 5 * 10**9
 
 
 def test_a_finished_profile_is_not_tried_out(box: Box, toy: Toy) -> None:
