@@ -20,14 +20,15 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat_core.data.fetch import HTTP_TRANSIENT, LONGEST_WAIT, NETWORK, retry_after
 from nanochat_core.data.persona import PERSONA, prompt
+from nanochat_core.data.request import HTTP_TRANSIENT, NETWORK, retry_after
 from nanochat_core.data.tasks.base import Problem
 from nanochat_core.store import locked
 
 KEYS = ("NANOCHAT_API_KEY", "OPENAI_API_KEY")  # the first that is set is sent
 ATTEMPTS = 6  # in a row at one request, before the endpoint counts as gone
 Stop = threading.Event  # ends pauses at once
+LONGEST_WAIT = 300.0
 WASTED = 20  # answers in a row that could not be used, before the model counts as unfit
 LONGEST = 4_000  # characters of a message
 TURNS = 12  # messages of a conversation
