@@ -112,23 +112,29 @@ def synthesize(order: Order, out: Path, tell: Tell = lambda done, wanted, note: 
 
 
 def mend(out: Path) -> set[str]:
-    """The keys of a file's conversations. It loses a last line that a killed process left half written."""
+    """The keys of a file's conversations. A last line without its end is given one, or, where a killed
+    process left it half written, cut off."""
     known: set[str] = set()
     with out.open("rb+") as file:
         whole = 0
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                file.truncate(whole)
-                break
-            whole += len(line)
-            if line.strip():
-                try:
+            ended = line.endswith(b"\n")
+            try:
+                if line.strip():
                     row = json.loads(line)
                     known.add(key(row["messages"] if isinstance(row, dict) else row))
-                except (ValueError, KeyError, TypeError, IndexError):
-                    raise ValueError(
-                        f"{out}, line {number}: expected a conversation; name a new file, or mend this one"
-                    ) from None
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                if not ended and isinstance(error, ValueError):  # not JSON, or not all of a character
+                    file.truncate(whole)
+                    break
+                raise ValueError(
+                    f"{out}, line {number}: expected a conversation; name a new file, or mend this one"
+                ) from None
+            if not ended:
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+                break
+            whole += len(line)
     return known
 
 
