@@ -75,10 +75,7 @@ def fetch(
     def bring(remote: Remote) -> Fetched:
         there = here(remote)
         if there is None and offline:
-            raise ValueError(
-                f"NANOCHAT_OFFLINE is set and {remote.path.name} is not here: "
-                f"bring {remote.url} by hand to {remote.path}"
-            )
+            raise ValueError(_to_bring(remote))
         return there or fetch_one(
             remote, timeout=timeout, patience=patience, wait=wait or stop.wait, stop=stop, tell=tell
         )
@@ -144,6 +141,20 @@ def fetch_one(
     sync_directory(part.parent)
     _beside(part, ".etag").unlink(missing_ok=True)
     return fetched
+
+
+def _to_bring(remote: Remote) -> str:
+    """What a user without a network is told of a file that is not here, or is another one."""
+    if not remote.path.is_file():
+        return (
+            f"NANOCHAT_OFFLINE is set and {remote.path.name} is not here: "
+            f"bring {remote.url} by hand to {remote.path}"
+        )
+    expected = f", expected {remote.sha256}" if remote.sha256 else ""
+    return (
+        f"NANOCHAT_OFFLINE is set and {remote.path} is another file than {remote.url}: its sha256 is "
+        f"{sha256(remote.path)}{expected}; bring that one by hand{remote.other}"
+    )
 
 
 def _wrong(remote: Remote, part: Path, vouched: Vouched) -> str | None:

@@ -85,7 +85,9 @@ def test_a_download_that_is_no_shard_is_named(served: tuple[Path, str], tmp_path
         shards.run(cfg, job(tmp_path / "base", "shards", cfg))
 
 
-def test_downloaded_assets_are_unpacked_and_read(served: tuple[Path, str], tmp_path: Path) -> None:
+def test_downloaded_assets_are_unpacked_and_read(
+    served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, url = served
     with zipfile.ZipFile(folder / "bundle.zip", "w") as archive:
         listing = {"label": "t", "dataset_uri": "t.jsonl", "num_fewshot": [0], "icl_task_type": "schema"}
@@ -110,6 +112,15 @@ def test_downloaded_assets_are_unpacked_and_read(served: tuple[Path, str], tmp_p
     assert not (made.path / "__MACOSX").exists()
     assert load_task("identity", "train", assets=made.path)[0]["messages"] == talk
     assert assets.run(cfg, made) == metrics  # over what a killed attempt may have left
+
+    monkeypatch.setitem(assets.PINNED, cfg.bundle_url, "e" * 64)  # known, and not what comes
+    said = (
+        rf"expected sha256 {'e' * 64}, \w{{64}} came; if that is .* --set 'assets\.sha256={{\"eval_bundle\."
+    )
+    with pytest.raises(ValueError, match=said):
+        assets.run(cfg, job(tmp_path / "other", "assets", cfg))
+    as_it_is = cfg.model_copy(update={"sha256": {"eval_bundle.zip": ""}})
+    assert assets.run(as_it_is, job(tmp_path / "other", "assets", as_it_is)) == metrics
 
     (folder / "words.txt").unlink()
     pinned = cfg.model_copy(update={"sha256": {"words_alpha.txt": "0" * 64}})  # so the one we have is not it

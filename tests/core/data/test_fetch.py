@@ -450,6 +450,10 @@ def test_offline_says_what_to_bring_where_and_takes_what_was_brought(site: Site,
     remote.path.parent.mkdir(exist_ok=True)
     remote.path.write_bytes(BODY["shard_2"])
     assert fetch([remote], offline=True)[0].sha256 == TAG["shard_2"]
+    with pytest.raises(
+        ValueError, match=f"is another file .* is {TAG['shard_2']}, expected {'f' * 64}; bring"
+    ):
+        fetch([remote._replace(sha256="f" * 64)], offline=True)
     assert site.handler.asked == []
 
 
