@@ -48,8 +48,9 @@ class Patience:
         return True
 
 
-def insistently(ask: Callable[[], T], patience: Patience) -> T:
-    """The answer to a question, asked again for as long as there is patience."""
+def insistently(ask: Callable[[], T], patience: Patience, otherwise: str = "") -> T:
+    """The answer to a question, asked again for as long as there is patience; `otherwise` is what else the
+    user can do."""
     while True:
         try:
             return ask()
@@ -57,5 +58,5 @@ def insistently(ask: Callable[[], T], patience: Patience) -> T:
             if not patience.pause(why):
                 raise ValueError(
                     f"{patience.host} gave no answer in {patience.seconds / 60:.0f} min: {why}; "
-                    "the same command tries again"
+                    f"the same command tries again{otherwise and f', or {otherwise}'}"
                 ) from None

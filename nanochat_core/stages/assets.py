@@ -126,7 +126,11 @@ def _identity(name: str, job: Job) -> None:
 
 
 def _tasks(cfg: Config, job: Job) -> None:
+    import time
+
     from nanochat_core.data.fetch import offline
+    from nanochat_core.data.patience import Patience
+    from nanochat_core.data.request import endpoint
     from nanochat_core.data.tasks import humaneval, tables
 
     if "humaneval" in cfg.tasks:
@@ -139,9 +143,15 @@ def _tasks(cfg: Config, job: Job) -> None:
             raise ValueError(f"assets.tasks: {name!r} is not one of {', '.join(tables.SOURCES)}")
     wanted = [(name, split) for name in cfg.tasks for split in tables.SOURCES[name].splits]
     for i, (name, split) in enumerate(wanted):
+
+        def tell(waiting: str, at: int = i) -> None:
+            job.arrived(at, len(wanted), waiting)
+
+        minutes = job.runtime.network_minutes
+        patience = None if offline() else Patience(endpoint(), 60 * minutes, time.sleep, tell)
         path = job.path / tables.FOLDER / name / f"{split}.arrow"
         if not path.is_file():
-            count = tables.bring(name, split, path, folder, offline=offline())
+            count = tables.bring(name, split, path, folder, patience)
             _check_rows(name, split, job.path, "" if folder is None else f"{folder}/")
             print(f"{name} ({split}): {count} rows", flush=True)
         job.record(step=i + 1, steps=len(wanted))
