@@ -143,7 +143,7 @@ def attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) -
                 return Vouched(_as_hash(redirects.linked) or begun, redirects.commit)
             part.unlink()
             raise Again("the partial file does not fit what the server has") from None
-        _refuse(error, remote.url, remote.absent, redirects.followed)
+        _refuse(error, request, remote.absent, redirects.followed)
     except NETWORK as error:
         raise Again(_reason(error)) from None
 
@@ -161,7 +161,7 @@ def head(url: str, timeout: float, absent: str = UNKNOWN) -> Message:
         error.close()
         if 300 <= error.code < 400:  # to where the content lies: that is not what is asked for here
             return error.headers
-        _refuse(error, url, absent, redirected=False)
+        _refuse(error, request, absent, redirected=False)
     except NETWORK as error:
         raise Again(_reason(error)) from None
 
@@ -195,18 +195,22 @@ def _insist_on(remote: Remote, commit: str | None) -> None:
         )
 
 
-def _refuse(error: urllib.error.HTTPError, url: str, absent: str, redirected: bool) -> NoReturn:
+def _refuse(
+    error: urllib.error.HTTPError, request: urllib.request.Request, absent: str, redirected: bool
+) -> NoReturn:
     """What an error status means: to be tried again, or a sentence."""
     if error.code in HTTP_TRANSIENT:
         raise Again(f"HTTP {error.code}", retry_after(error.headers)) from None
     if error.code == 403 and redirected:
         raise Again("HTTP 403 from where it was sent on to; such links expire") from None
-    if error.code in (401, 403) and on_hub(url):
+    if error.code in (401, 403) and on_hub(request.full_url):
         absent = (
-            "there is no such data set, or it wants you to be somebody: set HF_TOKEN or run `hf auth login`, "
-            "and see on its page whether access is to be asked for"
+            "the token (HF_TOKEN, or that of `hf auth login`) is refused or has no access: renew it, or "
+            "ask for access on the data set's page"
+            if request.has_header("Authorization")
+            else "there is no such data set, or it is not for everybody: set HF_TOKEN or run `hf auth login`"
         )
-    raise ValueError(f"{url} answers HTTP {error.code}: {absent}") from None
+    raise ValueError(f"{request.full_url} answers HTTP {error.code}: {absent}") from None
 
 
 def _reason(error: BaseException) -> str:

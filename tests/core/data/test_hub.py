@@ -200,8 +200,14 @@ def test_the_token_is_shown_to_the_hub_and_to_nobody_else(
     assert not any(b"hf_secret" in path.read_bytes() for path in kept)
 
 
-def test_who_may_not_have_a_file_is_told_of_tokens(site: Hub, tmp_path: Path) -> None:
-    site.trouble = [401]
+def test_who_may_not_have_a_file_is_told_of_tokens(
+    site: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.trouble = [401, 401]
     cfg = shards.Config(source=NAME, count=1)
     with pytest.raises(ValueError, match=r"answers HTTP 401: .*set HF_TOKEN or run `hf auth login`"):
         shards.run(cfg, job(tmp_path / "base", "shards", cfg))
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    with pytest.raises(ValueError, match=r"answers HTTP 401: the token .* is refused") as refused:
+        shards.run(cfg, job(tmp_path / "base", "shards", cfg))
+    assert "hf_expired" not in str(refused.value)
