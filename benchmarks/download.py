@@ -28,7 +28,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from nanochat_core.data.fetch import Remote, fetch
+from nanochat_core.data.fetch import fetch
+from nanochat_core.data.request import Remote
 
 WORKERS = 4
 ATTEMPTS = 12  # of the peers, for each file

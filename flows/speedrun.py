@@ -113,8 +113,11 @@ def speedrun(
         if screen is not None and not todo:
             screen.found(name)
         reads = {role: results[row] for role, row in plan.sources[name].items()}
-        if todo and (files := downloads.bring(plan, name, cancellation.asked)):
-            reads["files"] = files
+        if todo:
+            with screen.bringing(name) if screen else nullcontext(no_one) as see:
+                files = downloads.bring(plan, name, cancellation.asked, see)
+            if files:
+                reads["files"] = files
         one = stage_task.with_options(name=name, task_run_name=name, refresh_cache=todo)
         results[name] = one(name, plan.jobs[name].fingerprint, str(root), reads)
         return todo

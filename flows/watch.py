@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import ArtifactSort
 
-from nanochat_core.progress import Pace, Row, describe, is_progress
+from nanochat_core.progress import News, Pace, Row, describe, is_progress
 from nanochat_core.report import curve_png, read_rows
 
 LOG_SECONDS = 15.0  # between two lines of a stage in the UI's log: 60,000 in ten days, about 40 MB
@@ -39,14 +39,14 @@ class Watch:
     def __init__(self, stage: str, directory: Path, also: Callable[[Row], None]) -> None:
         self.stage, self.directory, self.also = stage, directory, also
         self.rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self.log = get_run_logger()
+        self.log, self.news = get_run_logger(), News()
         self.key = stage.replace("_", "-")
         self.bar: UUID | None = None
 
     def see(self, row: Mapping[str, Any]) -> None:
         if is_progress(row):
-            if "note" in row:
-                self.log.warning(f"[{self.stage}] {row['note']}")
+            if (text := self.news(row)) is not None:
+                self.log.warning(f"[{self.stage}] {text}")
             self.rows.put(row)
             self.also(row)
 

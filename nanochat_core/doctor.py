@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from nanochat_core import guard, store
 from nanochat_core.data.fetch import offline
 from nanochat_core.data.hub import HUB
+from nanochat_core.data.request import endpoint
 from nanochat_core.edges import SLEEP, Edges, Reached
 from nanochat_core.forecast import Need, needs, works
 from nanochat_core.machine import Gpu, Machine, gpus, memory
@@ -346,7 +347,7 @@ def wanted_hosts(plan: Plan, verdicts: Mapping[str, Verdict]) -> list[str]:
                 job.config.bundle_url,
                 job.config.identity_url,
                 job.config.words_url,
-                "https://huggingface.co",
+                endpoint(),
             ]
         elif isinstance(source, str) and source in HUB:
             urls = [HUB[source].url(0, "main")]

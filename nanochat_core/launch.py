@@ -431,8 +431,10 @@ def main(argv: list[str]) -> int:
     except Interrupted:
         return INTERRUPTED
     except ValueError as error:
-        print(f"error: {error}", flush=True)
-        return INPUT_LOST if isinstance(error, inputs.Lost) else 1
+        full = out_of_space(error)  # a library's error that we made a sentence of may come of that
+        with contextlib.suppress(OSError):
+            print(f"error: {FULL if full else error}", flush=True)
+        return DISK_FULL if full else INPUT_LOST if isinstance(error, inputs.Lost) else 1
     except Exception as error:
         full = out_of_space(error)
         with contextlib.suppress(OSError):  # the log is on that disk too, so the exit code says it as well

@@ -100,9 +100,24 @@ def describe(row: Row, left: float | None) -> str:
     ]
     if isinstance(row.get("tokens_per_s"), int | float):
         words.append(f"{count(row['tokens_per_s'])} tok/s")
+    if "waiting" in row:
+        words.append(str(row["waiting"]))
     if left is not None and row["step"] < row["steps"]:
         words.append(f"{span(left)} left")
     return "  ".join(words)
+
+
+class News:
+    """What of a stage's rows is worth a line of its own: a note, and that a wait has begun."""
+
+    def __init__(self) -> None:
+        self.waiting = False
+
+    def __call__(self, row: Row) -> str | None:
+        before, self.waiting = self.waiting, "waiting" in row
+        if self.waiting and not before:
+            return f"{row['waiting']}; Ctrl-C loses nothing, the same command goes on"
+        return f"note: {row['note']}" if "note" in row else None
 
 
 class Terminal:
@@ -138,8 +153,23 @@ class Terminal:
                 yield see
         else:
             self.say(f"{name:<14} starts: {why}")
-            yield lambda row: self.say(f"{name:<14} note: {row['note']}") if "note" in row else None
+            yield self._lines(name)
         self.say(f"{name:<14} done in {span(time.monotonic() - begin)}  {headline(result())}".rstrip())
+
+    @contextlib.contextmanager
+    def bringing(self, name: str) -> Iterator[Callable[[Row], None]]:
+        """Around the downloads before a stage; nothing stays of it."""
+        with self._bar(name) if self.bars else contextlib.nullcontext(self._lines(name)) as see:
+            yield see
+
+    def _lines(self, name: str) -> Callable[[Row], None]:
+        news = News()
+
+        def see(row: Row) -> None:
+            if (text := news(row)) is not None:
+                self.say(f"{name:<14} {text}")
+
+        return see
 
     @contextlib.contextmanager
     def _bar(self, name: str) -> Iterator[Callable[[Row], None]]:
@@ -153,13 +183,13 @@ class Terminal:
             BarColumn(24),
             TextColumn("{task.fields[words]}"),
         )
-        pace = Pace()
+        pace, news = Pace(), News()
         with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
             bar = progress.add_task(f"{name:<14}", total=None, words="starting")
 
             def see(row: Row) -> None:
-                if "note" in row:
-                    progress.console.print(f"{name:<14} note: {row['note']}", highlight=False)
+                if (text := news(row)) is not None:
+                    progress.console.print(f"{name:<14} {text}", highlight=False)
                 if is_progress(row):
                     words = describe(row, pace.see(row))
                     progress.update(bar, total=row["steps"], completed=row["step"], words=words)

@@ -59,6 +59,7 @@ class Runtime(BaseModel):
     save_minutes: float = Field(10.0, gt=0)  # a training stage saves at least this often
     save_steps: int | None = Field(None, ge=1)  # and, if set, every so many steps
     preflight: bool = False  # `nanochat doctor` first; what it finds broken ends the run before any work
+    network_minutes: float = Field(45.0, ge=0)  # that a download may bring nothing before it is given up
     price_per_kwh: float | None = Field(None, ge=0)  # in your currency; the report reckons each stage's cost
     price_per_hour: float | None = Field(None, ge=0)  # of a rented machine
     keep_checkpoints: int = Field(2, ge=1)  # of an unfinished stage; a finished one keeps only its weights
@@ -88,6 +89,10 @@ class Job:
         line = json.dumps({"step": step, "steps": steps, **row, "time": round(time.time(), 3)})
         with (self.path / "metrics.jsonl").open("a") as f:
             f.write(line + "\n")
+
+    def arrived(self, files: int, wanted: int, waiting: str = "") -> None:
+        """One line of progress of a download: files that are here, and what is waited for if so."""
+        self.record(step=files, steps=wanted, **({"waiting": waiting} if waiting else {}))
 
     def uses(self, path: Path) -> None:
         """Say that the artefact relies on a shared file outside its directory; it is verified along with the

@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from nanochat_core.data.hub_rows import words
+
 DOCUMENT = 4_000  # characters: longer ones are cut at a line end, so that a batch sees many documents
 BLOCK = 1 << 20  # characters of a txt file at a time
 SUFFIXES = (".parquet", ".jsonl", ".txt")
@@ -193,8 +195,11 @@ class HubReader:
         try:
             rows = load_dataset(name, config, split=split, revision=revision, streaming=True)
             names = rows.column_names or list(next(iter(rows), {}))
-        except (OSError, ValueError) as error:  # all that can go wrong on the way
-            raise ValueError(f"{name} ({split}) could not be had from the hub: {error}") from None
+        except Exception as error:  # its own, those of two HTTP libraries, pyarrow's, fsspec's
+            raise ValueError(
+                f"{name} ({split}) could not be had from the hub ({words(error)}): check its name, "
+                "config and split, or try again"
+            ) from error
         if column not in names:
             raise ValueError(f"{name} has no column {column!r} (it has {', '.join(names)}): name the text's")
         self.rows = rows.select_columns([column])
@@ -215,8 +220,8 @@ class HubReader:
     def _rows(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self.rows
-        except OSError as error:  # after all of the library's own retries
-            raise ValueError(f"{self.name} broke off ({error}); the same command goes on") from None
+        except Exception as error:  # after all of the library's own retries
+            raise ValueError(f"{self.name} broke off ({words(error)}); the same command goes on") from error
 
     def place(self) -> Any:
         return self.rows.state_dict()

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from nanochat_core.data.documents import MANIFEST, Shard, Shards, shard_list
 from nanochat_core.data.fetch import offline
+from nanochat_core.data.hub import COMMIT
+from nanochat_core.data.hub_rows import newest
 from nanochat_core.data.raw_text import FileReader, HubReader, Reader, TextFile, find
 from nanochat_core.data.shards import describe, manifest, write_shard
 from nanochat_core.store import locked, sync_directory, write_json
@@ -106,10 +108,22 @@ def source_of(wanted: Wanted) -> list[TextFile] | None:
     return files
 
 
-def reader(wanted: Wanted, files: list[TextFile] | None, place: Any) -> Reader:
+def reader(wanted: Wanted, files: list[TextFile] | None, commit: str | None, place: Any) -> Reader:
     if files is not None:
         return FileReader(files, wanted.column, place)
-    return HubReader(wanted.source, wanted.config, wanted.split, wanted.revision, wanted.column, place)
+    return HubReader(wanted.source, wanted.config, wanted.split, commit, wanted.column, place)
+
+
+def commit_of(wanted: Wanted) -> str:
+    """The commit of the hub's data set that is meant at this moment."""
+    if wanted.revision is not None and COMMIT.fullmatch(wanted.revision):
+        return wanted.revision
+    return newest(wanted.source, wanted.revision)
+
+
+def _same(kept: dict[str, Any] | None, plan: dict[str, Any]) -> bool:
+    """Whether a kept plan is this one: the commit in it was decided when the work began, and stays."""
+    return kept is not None and {key: kept[key] for key in kept if key != "commit"} == plan
 
 
 # --------------------------------------------------------------------------------------------------- sorting
@@ -120,7 +134,7 @@ def sort(wanted: Wanted, out: Path, tell: Tell = lambda step: None) -> None:
     files = source_of(wanted)
     plan = asdict(wanted) | {"files": None if files is None else [list(file) for file in files]}
     before = finished(out)
-    if before == plan:
+    if _same(before, plan):
         return
     if before is not None or (not (out / PARTIAL).exists() and out.is_dir() and any(out.iterdir())):
         raise ValueError(
@@ -128,15 +142,17 @@ def sort(wanted: Wanted, out: Path, tell: Tell = lambda step: None) -> None:
             "name another folder, or empty it"
         )
     folder = out / PARTIAL
-    if _read(folder / PLAN) != plan:  # another text or seed: what is there is of no use
+    kept = _read(folder / PLAN)
+    if not _same(kept, plan):  # another text or seed: what is there is of no use
+        kept = plan | {"commit": commit_of(wanted) if files is None else None}
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_json(folder / PLAN, plan)
+        write_json(folder / PLAN, kept)
     runs = _runs(folder)
     head = _head(runs[-1]) if runs else {"documents": 0, "chars": 0, "place": None, "last": False}
     if head["last"]:
         return
-    source = reader(wanted, files, head["place"])
+    source = reader(wanted, files, kept["commit"], head["place"])
     for done in _sorted_runs(wanted, source, folder, len(runs), head):
         tell(Step("sorting", done["documents"], done["chars"], source.fraction()))
 

@@ -14,11 +14,11 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat_core.data import corpus
 from nanochat_core.data.documents import MANIFEST, Shard, Shards, shard_list
-from nanochat_core.data.fetch import Progress, Remote, fetch
+from nanochat_core.data.fetch import Progress, fetch
 from nanochat_core.data.hub import HUB
 from nanochat_core.data.raw_text import (
     DOCUMENT,
@@ -29,6 +29,7 @@ from nanochat_core.data.raw_text import (
     pieces,
     read_documents,
 )
+from nanochat_core.data.request import Remote
 from nanochat_core.store import locked, sha256, sync_directory, write_whole
 
 if TYPE_CHECKING:
@@ -77,16 +78,20 @@ def describe(path: Path) -> Shard:
     return Shard(path.name, path, path.stat().st_size, sha256(path), rows, row_groups)
 
 
-def manifest(shards: Shards, root: Path) -> str:
-    """shards.json, with paths relative to the downloads folder; a user's own files keep their full path."""
+def manifest(shards: Shards, root: Path, commit: str | None = None) -> str:
+    """shards.json, with paths relative to the downloads folder; a user's own files keep their full path.
+
+    `commit` is that of the hub's data set, if they are of one.
+    """
 
     def entry(shard: Shard) -> dict[str, str | int]:
         inside = shard.path.is_relative_to(root)
         path = shard.path.relative_to(root) if inside else shard.path.absolute()
         return shard._asdict() | {"path": str(path)}
 
-    splits = {split: [entry(shard) for shard in getattr(shards, split)] for split in Shards._fields}
-    return json.dumps(splits, indent=1) + "\n"
+    listing: dict[str, Any] = {} if commit is None else {"revision": commit}
+    listing |= {split: [entry(shard) for shard in getattr(shards, split)] for split in Shards._fields}
+    return json.dumps(listing, indent=1) + "\n"
 
 
 def _complete(folder: Path, root: Path) -> Shards | None:
@@ -154,21 +159,39 @@ def split_documents(texts: list[str], max_chars: int | None) -> tuple[list[str],
 
 
 def download(
-    urls: Sequence[str], root: Path, *, workers: int, offline: bool, progress: Progress | None = None
+    files: Sequence[Remote],
+    root: Path,
+    *,
+    workers: int,
+    offline: bool,
+    patience: float,
+    progress: Progress = lambda done, wanted, waiting: None,
 ) -> Shards:
-    """Parquet files by URL, the last one for validation. Files that lie together there lie together here."""
-    files = remotes(urls, root)
-    with locked(root / f"{folder_of(urls[0])}.lock"):
-        fetched = fetch(files, workers=workers, offline=offline, progress=progress)
+    """Parquet files, the last one for validation. Files that lie together there lie together here."""
+    with locked(root / f"{folder_of(files[0].url)}.lock"):
+        fetched = fetch(files, workers=workers, offline=offline, patience=patience, progress=progress)
     shards = [describe(file.path) for file in fetched]
     return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
 
 
-def revisions(shards: Shards) -> list[str]:
-    """The commits of a data set that its shards are of, as the hub said when they came: usually one."""
-    notes = [shard.path.with_name(f"{shard.name}.sum") for shard in shards.train + shards.validation]
-    found = {json.loads(note.read_text()).get("revision") for note in notes if note.is_file()}
-    return sorted(found - {None})
+def revision(files: Sequence[Remote]) -> str | None:
+    """The commit that files of the hub are of, as it said when they came; None if it said nothing, or if
+    they are of several data sets. Two commits of one are an error: files repeat in them, and move."""
+    found: dict[str, dict[str, Path]] = {}
+    for file in files:
+        note = file.path.with_name(f"{file.path.name}.sum")
+        commit = json.loads(note.read_text()).get("revision") if note.is_file() else None
+        if commit is not None:
+            place = file.url.partition("/resolve/")[0] if "/resolve/" in file.url else folder_of(file.url)
+            found.setdefault(place, {})[commit] = file.path
+    for place, commits in found.items():
+        if len(commits) > 1:
+            each = "; ".join(f"{path} of {commit}" for commit, path in sorted(commits.items()))
+            raise ValueError(
+                f"the files of {place} are of {len(commits)} commits ({each}): name one in each URL, "
+                "/resolve/COMMIT/, or delete the older files and run again"
+            )
+    return next(iter(*found.values())) if len(found) == 1 else None
 
 
 def remotes(urls: Sequence[str], root: Path) -> list[Remote]:
@@ -239,14 +262,19 @@ def folder_of(url: str) -> str:
     return f"{readable}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
 
-def hub_urls(name: str, count: int, revision: str) -> list[str]:
-    """The first `count` shards and then the pinned validation shard."""
+def hub_files(name: str, count: int, commit: str, root: Path) -> list[Remote]:
+    """The first `count` shards and then the pinned validation shard, all of one commit."""
     known = HUB[name]
     if not 1 <= count < known.shards:
         raise ValueError(
             f"{name} has {known.shards - 1} train shards; count = {count} is not among 1..{known.shards - 1}"
         )
-    return [known.url(index, revision) for index in (*range(count), known.shards - 1)]
+    files = remotes([known.url(index, commit) for index in (*range(count), known.shards - 1)], root)
+    absent = (
+        f"it has no such file in commit {commit[:12]}: "
+        "--set shards_head.revision=main --set shards.revision=main takes what it has now"
+    )
+    return [file._replace(commit=commit, absent=absent) for file in files]
 
 
 def local(folder: Path, root: Path) -> Shards:

@@ -20,14 +20,15 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat_core.data.fetch import HTTP_TRANSIENT, LONGEST_WAIT, NETWORK, retry_after
 from nanochat_core.data.persona import PERSONA, prompt
+from nanochat_core.data.request import HTTP_TRANSIENT, NETWORK, retry_after
 from nanochat_core.data.tasks.base import Problem
 from nanochat_core.store import locked
 
 KEYS = ("NANOCHAT_API_KEY", "OPENAI_API_KEY")  # the first that is set is sent
 ATTEMPTS = 6  # in a row at one request, before the endpoint counts as gone
 Stop = threading.Event  # ends pauses at once
+LONGEST_WAIT = 300.0
 WASTED = 20  # answers in a row that could not be used, before the model counts as unfit
 LONGEST = 4_000  # characters of a message
 TURNS = 12  # messages of a conversation
@@ -111,23 +112,29 @@ def synthesize(order: Order, out: Path, tell: Tell = lambda done, wanted, note: 
 
 
 def mend(out: Path) -> set[str]:
-    """The keys of a file's conversations. It loses a last line that a killed process left half written."""
+    """The keys of a file's conversations. A last line without its end is given one, or, where a killed
+    process left it half written, cut off."""
     known: set[str] = set()
     with out.open("rb+") as file:
         whole = 0
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                file.truncate(whole)
-                break
-            whole += len(line)
-            if line.strip():
-                try:
+            ended = line.endswith(b"\n")
+            try:
+                if line.strip():
                     row = json.loads(line)
                     known.add(key(row["messages"] if isinstance(row, dict) else row))
-                except (ValueError, KeyError, TypeError, IndexError):
-                    raise ValueError(
-                        f"{out}, line {number}: expected a conversation; name a new file, or mend this one"
-                    ) from None
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                if not ended and isinstance(error, ValueError):  # not JSON, or not all of a character
+                    file.truncate(whole)
+                    break
+                raise ValueError(
+                    f"{out}, line {number}: expected a conversation; name a new file, or mend this one"
+                ) from None
+            if not ended:
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+                break
+            whole += len(line)
     return known
 
 

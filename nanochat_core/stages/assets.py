@@ -17,15 +17,22 @@ if TYPE_CHECKING:
 BUNDLE = "eval_bundle"
 IDENTITY = "identity_conversations.jsonl"
 WORDS = "words_alpha.txt"
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # 162 MB
+WORDS_URL = (
+    "https://raw.githubusercontent.com/dwyl/english-words/20f5cc9b3f0ccc8ce45d814c532b7c2031bba31c/"
+    "words_alpha.txt"
+)
+# Where several public files that use it agree; the identity conversations have none, and may change.
+PINNED = {BUNDLE_URL: "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"}
 CHECKED_ROWS = 5000  # of each task, evenly spaced
 HUB_BYTES = 3e9  # CORE's bundle with its zip, SmolTalk as Arrow, the small ones: rounded up
 
 
 class Config(Recipe):
     source: Literal["embedded", "hub"] = "embedded"
-    bundle_url: str = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # 162 MB
+    bundle_url: str = BUNDLE_URL
     identity_url: str = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
-    words_url: str = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
+    words_url: str = WORDS_URL
     tasks: tuple[str, ...] = (
         "arc_easy",
         "arc_challenge",
@@ -36,7 +43,8 @@ class Config(Recipe):
     )  # of the hub
     identity: str | None = None  # a jsonl file of your own conversations about who the model is
     task_folder: str | None = None  # TASK/SPLIT.parquet or .jsonl of your own instead of the hub's
-    sha256: dict[str, str] = {}  # noqa: RUF012  # by file name, to pin what is fetched
+    # Of what is fetched, by file name; an empty one takes whatever comes. PINNED has those that are known.
+    sha256: dict[str, str] = {}  # noqa: RUF012
 
     @field_validator("identity", "task_folder")
     @classmethod
@@ -78,16 +86,26 @@ def _embedded(path: Path) -> None:
 def _hub(cfg: Config, job: Job) -> None:
     import shutil
 
-    from nanochat_core.data.fetch import Remote, fetch, offline, unzip
+    from nanochat_core.data.fetch import fetch, offline, unzip
+    from nanochat_core.data.request import Remote
     from nanochat_core.store import locked
 
     root = job.runtime.base_dir / "downloads" / "assets"
     names = {f"{BUNDLE}.zip": cfg.bundle_url, IDENTITY: cfg.identity_url, WORDS: cfg.words_url}
     if cfg.identity is not None:
         del names[IDENTITY]
-    remotes = [Remote(url, root / name, sha256=cfg.sha256.get(name)) for name, url in names.items()]
+    remotes = [
+        Remote(
+            url,
+            root / name,
+            sha256=cfg.sha256.get(name, PINNED.get(url)) or None,
+            other=f'; if that is the file you want: --set \'assets.sha256={{"{name}" = "SHA256"}}\'',
+        )
+        for name, url in names.items()
+    ]
+    patience = 60 * job.runtime.network_minutes
     with locked(root.with_name("assets.lock")):
-        fetch(remotes, offline=offline(), progress=lambda done, wanted: job.record(step=done, steps=wanted))
+        fetch(remotes, offline=offline(), patience=patience, progress=job.arrived)
     unzip(root / f"{BUNDLE}.zip", job.path)
     for name in names.keys() & {IDENTITY, WORDS}:
         shutil.copyfile(root / name, job.path / f"{name}.part")
@@ -108,7 +126,11 @@ def _identity(name: str, job: Job) -> None:
 
 
 def _tasks(cfg: Config, job: Job) -> None:
+    import time
+
     from nanochat_core.data.fetch import offline
+    from nanochat_core.data.patience import Patience
+    from nanochat_core.data.request import endpoint
     from nanochat_core.data.tasks import humaneval, tables
 
     if "humaneval" in cfg.tasks:
@@ -121,9 +143,15 @@ def _tasks(cfg: Config, job: Job) -> None:
             raise ValueError(f"assets.tasks: {name!r} is not one of {', '.join(tables.SOURCES)}")
     wanted = [(name, split) for name in cfg.tasks for split in tables.SOURCES[name].splits]
     for i, (name, split) in enumerate(wanted):
+
+        def tell(waiting: str, at: int = i) -> None:
+            job.arrived(at, len(wanted), waiting)
+
+        minutes = job.runtime.network_minutes
+        patience = None if offline() else Patience(endpoint(), 60 * minutes, time.sleep, tell)
         path = job.path / tables.FOLDER / name / f"{split}.arrow"
         if not path.is_file():
-            count = tables.bring(name, split, path, folder, offline=offline())
+            count = tables.bring(name, split, path, folder, patience)
             _check_rows(name, split, job.path, "" if folder is None else f"{folder}/")
             print(f"{name} ({split}): {count} rows", flush=True)
         job.record(step=i + 1, steps=len(wanted))

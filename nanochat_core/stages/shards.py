@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from nanochat_core.data.hub import HUB
 from nanochat_core.stage import Job, Metrics, Recipe
+
+if TYPE_CHECKING:
+    from nanochat_core.data.patience import Tell, Wait
+    from nanochat_core.data.request import Remote
 
 SHARD_BYTES = 100e6  # of 250 million characters as zstd parquet
 
@@ -15,7 +19,9 @@ SHARD_BYTES = 100e6  # of 250 million characters as zstd parquet
 class Config(Recipe):
     source: str | tuple[str, ...] = "embedded"  # or a known data set, a folder, any fsspec URL, parquet URLs
     count: int | None = Field(None, ge=1)  # train shards; the pinned validation shard always comes along
-    revision: str = "main"  # of a known data set; a commit's hash pins it
+    # Of a known data set: a commit, or a branch. None: the commit that data/hub.py knows, or else main.
+    # A branch's commit is asked for once and kept in base_dir/downloads/hub.
+    revision: str | None = Field(None, min_length=1)
     max_chars: int | None = Field(None, ge=10_000)  # of the embedded corpus; None: all 21 million
     workers: int = Field(4, ge=1, le=32)  # downloads at once
 
@@ -35,6 +41,8 @@ class Config(Recipe):
             raise ValueError("a list of sources is a list of URLs; of local folders name one")
         if self.source in ((), ""):
             raise ValueError("source is empty")
+        if self.revision is not None and self.source not in HUB:
+            raise ValueError("revision belongs to a known data set; in a URL write /resolve/REVISION/")
         if self.max_chars is not None and self.source != "embedded":
             raise ValueError("max_chars belongs to the embedded corpus; limit other sources by count")
         return self
@@ -48,20 +56,29 @@ class Config(Recipe):
         return {"download": SHARD_BYTES * max(0, (self.count or 0) + 1 - known)}
 
 
-def urls(cfg: Config) -> list[str]:
-    """The files to download, the validation file last; none for a local source."""
-    from nanochat_core.data.shards import hub_urls
+def files(cfg: Config, root: Path, patience: float, wait: "Wait", tell: "Tell") -> "list[Remote]":
+    """What to download to `root`, the validation file last; nothing for a local source. It may have to ask
+    the hub which commit is meant."""
+    from nanochat_core.data.fetch import offline
+    from nanochat_core.data.hub import commit_of
+    from nanochat_core.data.patience import Patience
+    from nanochat_core.data.request import endpoint
+    from nanochat_core.data.shards import hub_files, remotes
 
     if isinstance(cfg.source, str) and cfg.source in HUB:
-        return hub_urls(cfg.source, cfg.count or 0, cfg.revision)
+        left = None if offline() else Patience(endpoint(), patience, wait, tell)
+        commit = commit_of(HUB[cfg.source], cfg.revision, root, left)
+        return hub_files(cfg.source, cfg.count or 0, commit, root)
     listed = (cfg.source,) if isinstance(cfg.source, str) else cfg.source
     if not all(url.startswith(("http://", "https://")) for url in listed):
         return []
-    return [*listed[:-1][: cfg.count], listed[-1]]
+    return remotes([*listed[:-1][: cfg.count], listed[-1]], root)
 
 
 def run(cfg: Config, job: Job) -> Metrics:
     """Bring the shards and list them with sizes, hashes, rows and row groups."""
+    import time
+
     from nanochat_core.data import corpus, shards
     from nanochat_core.data.documents import MANIFEST, Shards
     from nanochat_core.data.fetch import offline
@@ -70,19 +87,23 @@ def run(cfg: Config, job: Job) -> Metrics:
 
     root = job.runtime.base_dir / "downloads"
     root.mkdir(parents=True, exist_ok=True)
+    patience = 60 * job.runtime.network_minutes
+    commit = None
 
     if cfg.source == "embedded":
         for sentence in corpus.missing():
             job.record(step=0, steps=1, note=sentence)
         found = shards.embedded(root, cfg.max_chars)
-    elif listed := urls(cfg):
+    elif listed := files(cfg, root, patience, time.sleep, lambda waiting: job.arrived(0, 1, waiting)):
         found = shards.download(
             listed,
             root,
             workers=cfg.workers,
             offline=offline(),
-            progress=lambda n, of: job.record(step=n, steps=of),
+            patience=patience,
+            progress=job.arrived,
         )
+        commit = shards.revision(listed) or listed[0].commit
     elif isinstance(cfg.source, tuple) or "://" in cfg.source:
         places = (cfg.source,) if isinstance(cfg.source, str) else cfg.source
         found = shards.from_filesystem(places, root, cfg.count, workers=cfg.workers, offline=offline())
@@ -91,17 +112,13 @@ def run(cfg: Config, job: Job) -> Metrics:
         job.made_from(folder, SUFFIXES + PACKED)
         found = shards.local(folder, root)
     found = Shards(found.train[: cfg.count], found.validation)
-    write_whole(job.path / MANIFEST, shards.manifest(found, root))
+    write_whole(job.path / MANIFEST, shards.manifest(found, root, commit))
     for shard in found.train + found.validation:
         if shard.path.is_relative_to(root):
             job.uses(shard.path)
     job.record(step=1, steps=1)
-    commits = shards.revisions(found)
-    if len(commits) > 1:
-        note = f"the shards are of {len(commits)} commits of the data set; shards.revision pins one"
-        job.record(step=1, steps=1, note=note)
     return {
-        "revision": ", ".join(commits) or None,
+        "revision": commit,
         "train_shards": len(found.train),
         "documents": sum(shard.rows for shard in found.train),
         "validation_documents": sum(shard.rows for shard in found.validation),

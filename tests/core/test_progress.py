@@ -148,6 +148,20 @@ def test_a_forecast_scales_what_was_measured_and_knows_what_it_does_not(toy: Toy
     assert after["mid"].seconds is not None and after["sft"].seconds is not None
 
 
+def test_that_the_network_is_waited_for_is_told_once_a_wait_and_stands_in_the_line() -> None:
+    out = io.StringIO()
+    row = {"step": 3, "steps": 80, "time": 0.0}
+    waiting = row | {"waiting": "waiting for the network: hub, no route; next try in 30 s"}
+    with Terminal(out).bringing("shards") as see:
+        for each in (row, waiting, waiting, row, waiting):
+            see(each)
+    lines = out.getvalue().splitlines()
+    assert (
+        lines == [f"shards         {waiting['waiting']}; Ctrl-C loses nothing, the same command goes on"] * 2
+    )
+    assert describe(waiting, None) == f"3/80  4%  {waiting['waiting']}"
+
+
 def test_a_note_of_a_stage_is_told_where_nobody_watches_a_bar() -> None:
     out = io.StringIO()
     with Terminal(out).stage("shards", "first run", dict) as see:

@@ -18,6 +18,7 @@ from nanochat_core import plan as plans
 from nanochat_core.copies import Copies
 from nanochat_core.data.shards import write_shard
 from nanochat_core.mirror import of
+from nanochat_core.progress import Row
 from nanochat_core.stage import Interrupted
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -30,8 +31,14 @@ class Slow(SimpleHTTPRequestHandler):
     now = most = asked = 0
     guard = threading.Lock()
     pause = 0.02
+    away = 0  # answers that are errors yet
 
     def do_GET(self) -> None:
+        with Slow.guard:
+            Slow.away, gone = max(0, Slow.away - 1), Slow.away > 0
+        if gone:
+            self.send_error(503)
+            return
         with Slow.guard:
             Slow.now, Slow.asked = Slow.now + 1, Slow.asked + 1
             Slow.most = max(Slow.most, Slow.now)
@@ -56,7 +63,7 @@ def plan(tmp_path: Path) -> Iterator[plans.Plan]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Slow, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    Slow.now = Slow.most = Slow.asked = 0
+    Slow.now = Slow.most = Slow.asked = Slow.away = 0
     urls = [f"http://127.0.0.1:{server.server_port}/shard_{i:02d}.parquet" for i in range(FILES)]
     profile = tmp_path / "served.toml"
     profile.write_text(f"[shards]\nsource = {urls!r}\nworkers = 3\n")
@@ -67,8 +74,8 @@ def plan(tmp_path: Path) -> Iterator[plans.Plan]:
 
 
 @flow(name="bring")
-def bring(plan: plans.Plan, stopping: Any) -> list[dict[str, int]]:
-    return [future.result() for future in downloads.bring(plan, "shards", stopping)]
+def bring(plan: plans.Plan, stopping: Any, see: Any = None) -> list[dict[str, int]]:
+    return [future.result() for future in downloads.bring(plan, "shards", stopping, see or len)]
 
 
 def test_shards_arrive_in_mapped_task_runs_so_many_at_once(plan: plans.Plan) -> None:
@@ -96,6 +103,20 @@ def test_a_file_that_cannot_be_had_names_itself_and_ends_the_others(
     (tmp_path / "served" / "shard_07.parquet").unlink()
     with pytest.raises(ValueError, match=r"shard_07\.parquet"):
         bring(plan, lambda: False)
+
+
+def test_what_is_waited_for_is_seen_and_given_up_when_the_time_is_up(
+    plan: plans.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Slow, "away", 3)
+    rows: list[Row] = []
+    bring(plan, lambda: False, rows.append)
+    assert any("waiting for the network: 127.0.0.1:" in row.get("waiting", "") for row in rows)
+    assert (rows[-1]["step"], rows[-1]["steps"]) == (FILES, FILES)
+    monkeypatch.setattr(Slow, "away", 1000)
+    at_once = plans.load(plan.profile, ["runtime.network_minutes=0"], base_dir=tmp_path / "b", until="shards")
+    with pytest.raises(ValueError, match="nothing came in 0 min: HTTP 503"):
+        bring(at_once, lambda: False)
 
 
 def test_a_cancelled_download_stops_and_keeps_what_arrived(

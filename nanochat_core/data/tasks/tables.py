@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nanochat_core.data.hub_rows import hub_rows
+from nanochat_core.data.patience import Patience
 from nanochat_core.data.tasks.base import Split
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+BY_HAND = "bring its rows by hand as TASK/SPLIT.parquet in a folder and set assets.task_folder"
 FOLDER = "tasks"  # in the assets: tasks/<name>/<split>.arrow
 
 
@@ -108,12 +111,18 @@ def table(name: str, split: Split, assets: Path | None) -> Table:
     return Table(path)
 
 
-def bring(name: str, split: Split, path: Path, folder: Path | None, *, offline: bool = False) -> int:
-    """Write one split as an Arrow file, from the hub or from a folder of the user's; returns its rows."""
+def bring(name: str, split: Split, path: Path, folder: Path | None, patience: Patience | None) -> int:
+    """Write one split as an Arrow file, from the hub or from a folder of the user's; returns its rows.
+
+    `patience` is for the hub; None: only the cache of its library is used.
+    """
     import pyarrow as pa
 
     source = SOURCES[name]
-    rows = _from_hub(source, split, offline) if folder is None else _from_folder(folder / name, split)
+    if folder is None:
+        rows = hub_rows(source.repo, source.config, source.splits[split], source.revision, patience, BY_HAND)
+    else:
+        rows = _from_folder(folder / name, split)
     if name == "mmlu" and rows.column_names == ["train"]:  # the hub has each row wrapped once more
         rows = pa.Table.from_struct_array(rows.column("train").combine_chunks())
     origin = f"{source.repo} ({source.splits[split]})" if folder is None else str(folder / name)
@@ -128,19 +137,6 @@ def bring(name: str, split: Split, path: Path, folder: Path | None, *, offline: 
         writer.write_table(rows)
     part.replace(path)
     return int(rows.num_rows)
-
-
-def _from_hub(source: Source, split: Split, offline: bool) -> "pa.Table":
-    by_hand = "bring its rows by hand as TASK/SPLIT.parquet in a folder and set assets.task_folder"
-    if offline:
-        raise ValueError(f"NANOCHAT_OFFLINE is set and {source.repo} is on the hub: {by_hand}")
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(source.repo, source.config, split=source.splits[split], revision=source.revision)
-    except OSError as error:  # all that can go wrong on the way, a data set that is gone included
-        raise ValueError(f"{source.repo} could not be fetched ({error}): try again, or {by_hand}") from None
-    return found.with_format("arrow")[:]
 
 
 def _from_folder(folder: Path, split: Split) -> "pa.Table":

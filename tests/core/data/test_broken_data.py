@@ -178,7 +178,7 @@ def test_the_evaluation_bundle(
     (root / "identity_conversations.jsonl").write_text(json.dumps(TALK) + "\n")
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
     with pytest.raises(ValueError, match=said):
-        run(tmp_path, source="hub", tasks=())
+        run(tmp_path, source="hub", tasks=(), sha256={"eval_bundle.zip": ""})
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,8 @@ def test_the_factbook_reads_as_plain_lines() -> None:
 
 
 def test_hub_sets_pin_their_last_shard_for_validation() -> None:
-    urls = shards.hub_urls("fineweb-edu-100b-shuffle", 2, "abc")
+    files = shards.hub_files("fineweb-edu-100b-shuffle", 2, "abc", Path())
+    urls = [file.url for file in files]
     assert [url.rsplit("/", 1)[1] for url in urls] == [
         "shard_00000.parquet",
         "shard_00001.parquet",
@@ -131,7 +132,7 @@ def test_hub_sets_pin_their_last_shard_for_validation() -> None:
     ]
     assert "/resolve/abc/" in urls[0]
     with pytest.raises(ValueError, match="6542 train shards"):
-        shards.hub_urls("climbmix-400b-shuffle", HUB["climbmix-400b-shuffle"].shards, "main")
+        shards.hub_files("climbmix-400b-shuffle", HUB["climbmix-400b-shuffle"].shards, "abc", Path())
     with pytest.raises(ValueError, match="set count"):
         stage.Config(source="climbmix-400b-shuffle")
 

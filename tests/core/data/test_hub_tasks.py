@@ -124,17 +124,76 @@ def test_a_broken_data_set_is_named_with_what_was_expected(
 
     write(tmp_path / "gsm8k" / "test.jsonl", rows)
     with pytest.raises(ValueError, match=rf"gsm8k.*({said})"):
-        tables.bring("gsm8k", "test", tmp_path / "out.arrow", tmp_path)
+        tables.bring("gsm8k", "test", tmp_path / "out.arrow", tmp_path, None)
     assert not (tmp_path / "out.arrow").exists()
 
 
-def test_offline_hub_data_is_refused_with_the_way_around(
+def leave(cache: Path, commit: str, rows: list[Any]) -> None:
+    """What the library leaves in its cache of gsm8k at a commit."""
+    import datasets
+
+    place = cache / "openai___gsm8k" / "main" / "0.0.0" / commit
+    made = datasets.Dataset.from_list(rows)
+    place.mkdir(parents=True)
+    table = made.data.table
+    with (
+        pa.OSFile(str(place / "gsm8k-test.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as to,
+    ):
+        to.write_table(table)
+    splits = datasets.SplitDict(dataset_name="gsm8k")
+    splits.add(datasets.SplitInfo("test", num_examples=len(rows), dataset_name="gsm8k"))
+    info = datasets.DatasetInfo(
+        features=made.features, config_name="main", dataset_name="gsm8k", splits=splits
+    )
+    info.write_to_directory(str(place))
+
+
+@pytest.mark.slow  # the library takes seconds to import
+def test_offline_the_librarys_cache_of_the_pinned_commit_is_used_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import datasets
+
     from nanochat_core.data.tasks import tables
 
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    leave(tmp_path / "cache", "0" * 40, [GSM8K] * 3)
     with pytest.raises(ValueError, match=r"NANOCHAT_OFFLINE is set and openai/gsm8k .* assets\.task_folder"):
-        tables.bring("gsm8k", "test", tmp_path / "out.arrow", None, offline=True)
+        tables.bring("gsm8k", "test", tmp_path / "out.arrow", None, None)
+    leave(tmp_path / "cache", tables.SOURCES["gsm8k"].revision, [GSM8K] * 2)
+    assert tables.bring("gsm8k", "test", tmp_path / "out.arrow", None, None) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (RuntimeError("the files have other columns"), False),
+        (ConnectionError("Couldn't reach the hub"), True),
+        (type("ConnectError", (type("TransportError", (Exception,), {}),), {})("no route"), True),
+    ],
+)
+def test_what_the_hubs_library_raises_becomes_a_sentence_and_what_may_pass_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, passes: bool
+) -> None:
+    import datasets
+
+    from nanochat_core.data.patience import Patience
+    from nanochat_core.data.tasks import tables
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tries: list[str] = []
+
+    def load_dataset(repo: str, *_: Any, **__: Any) -> Any:
+        tries.append(repo)
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    patience = Patience("https://hub", 60, lambda seconds: None, lambda waiting: None)
+    with pytest.raises(ValueError, match=r"openai/gsm8k.*task_folder"):
+        tables.bring("gsm8k", "test", tmp_path / "out.arrow", None, patience)
+    assert (len(tries) > 3) == passes
 
 
 def humaneval(tests: str) -> Problem:

@@ -176,6 +176,8 @@ def test_a_data_set_is_read_with_the_hubs_own_library_and_resumed_in_the_middle(
     for i in range(3):
         pq.write_table(pa.Table.from_pylist(rows[i::3]), tmp_path / "owner" / "name" / f"train-{i}.parquet")
     monkeypatch.setattr(module, "source_of", lambda wanted: None)  # the library takes a folder for a data set
+    commits = iter(["a" * 40, "b" * 40, "c" * 40, "d" * 40])
+    monkeypatch.setattr(module, "newest", lambda repo, revision: next(commits))
     wanted = Wanted("owner/name", column="body", shard_chars=50_000)
     straight = repackage(wanted, tmp_path / "straight")
     assert sorted(documents_of(straight)) == sorted(DOCUMENTS)
@@ -187,7 +189,11 @@ def test_a_data_set_is_read_with_the_hubs_own_library_and_resumed_in_the_middle(
     with pytest.raises(Killed):
         repackage(wanted, tmp_path / "out", end)
     repackage(wanted, tmp_path / "out")
-    assert files(tmp_path / "out") == files(tmp_path / "straight")
+    made_from = json.loads((tmp_path / "out" / "shards.json").read_text())["made_from"]
+    assert made_from["commit"] == "b" * 40  # of its first start, not of when it went on
+    repackage(wanted, tmp_path / "out")
+    shards = {name: each for name, each in files(tmp_path / "out").items() if name != "shards.json"}
+    assert shards.items() <= files(tmp_path / "straight").items()
     with pytest.raises(ValueError, match=r"owner/name has no column 'text' \(it has body, other\)"):
         repackage(Wanted("owner/name"), tmp_path / "x")
     with pytest.raises(ValueError, match=r"owner/name .*test.* could not be had"):

@@ -281,6 +281,19 @@ def test_what_is_there_counts_and_a_half_line_goes(writer: Writer, tmp_path: Pat
     assert out.read_text() == "something else\n"
 
 
+def test_a_last_line_without_its_end_is_kept_if_it_is_a_conversation(writer: Writer, tmp_path: Path) -> None:
+    out = tmp_path / "mine.jsonl"
+    synthesize(order(writer, 3), out)
+    whole = out.read_bytes()
+    out.write_bytes(whole.rstrip(b"\n"))  # as an editor may leave it
+    assert synthesize(order(writer, 4), out) == 1
+    assert out.read_bytes().startswith(whole) and len(read(out)) == 4
+    out.write_bytes(whole + b'{"question": "?"}')  # whole, and somebody's: not ours to cut off
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 4: expected a conversation"):
+        synthesize(order(writer, 5), out)
+    assert out.read_bytes() == whole + b'{"question": "?"}'
+
+
 COMMAND = """
 import sys
 from pathlib import Path
