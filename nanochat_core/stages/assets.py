@@ -44,6 +44,16 @@ class Config(Recipe):
         """Named in full: a stage, or a worker, may run elsewhere than this command."""
         return None if place is None else str(Path(place).expanduser().absolute())
 
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        from nanochat_core.data.tasks.tables import SOURCES
+
+        for name in tasks:
+            if name not in SOURCES:
+                raise ValueError(f"{name!r} is not a data set to bring; those are {', '.join(SOURCES)}")
+        return tasks
+
     def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
         return {"download": HUB_BYTES} if self.source == "hub" else {}
 
@@ -110,23 +120,25 @@ def _identity(name: str, job: Job) -> None:
 def _tasks(cfg: Config, job: Job) -> None:
     from nanochat_core.data.fetch import offline
     from nanochat_core.data.tasks import humaneval, tables
+    from nanochat_core.data.tasks.base import SPLITS
 
     if "humaneval" in cfg.tasks:
         humaneval.check_sandbox()
     folder = None if cfg.task_folder is None else Path(cfg.task_folder)
     if folder is not None:
         job.made_from(folder, (".parquet", ".jsonl"))
-    for name in cfg.tasks:
-        if name not in tables.SOURCES:
-            raise ValueError(f"assets.tasks: {name!r} is not one of {', '.join(tables.SOURCES)}")
-    wanted = [(name, split) for name in cfg.tasks for split in tables.SOURCES[name].splits]
-    for i, (name, split) in enumerate(wanted):
-        path = job.path / tables.FOLDER / name / f"{split}.arrow"
-        if not path.is_file():
-            count = tables.bring(name, split, path, folder, offline=offline())
+    for i, name in enumerate(cfg.tasks):
+        source = tables.SOURCES[name]
+        for split in source.splits:
+            path = job.path / tables.FOLDER / name / f"{split}.arrow"
+            if split == "validation" and folder is not None and not tables.given(folder, name, split):
+                continue  # some of the train rows are for that
+            if not path.is_file():
+                count = tables.bring(name, split, path, folder, offline=offline())
+                print(f"{name} ({split}): {count} rows", flush=True)
+        for split in filter(source.has, SPLITS):
             _check_rows(name, split, job.path, "" if folder is None else f"{folder}/")
-            print(f"{name} ({split}): {count} rows", flush=True)
-        job.record(step=i + 1, steps=len(wanted))
+        job.record(step=i + 1, steps=len(cfg.tasks))
 
 
 def _check_rows(name: str, split: "Split", assets: Path, folder: str) -> None:

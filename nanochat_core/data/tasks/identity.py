@@ -1,4 +1,4 @@
-"""Who the model is: a closed set of questions, asked alike in train and test.
+"""Who the model is: a closed set of questions, asked alike in every split.
 
 With downloaded assets the rows are the conversations of identity_conversations.jsonl instead.
 """
@@ -9,10 +9,11 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat_core.data.tasks.base import Problem, Rows, Split, contains_answer, dialogue
+from nanochat_core.data.tasks.base import Problem, Rows, Split, contains_answer, dialogue, kept_apart
 from nanochat_core.tokenizer.chat import checked
 
 FILE = "identity_conversations.jsonl"
+OPEN = 500  # conversations: of so many the model does not learn each, so some are kept for validation
 
 
 class Subject(NamedTuple):
@@ -73,6 +74,8 @@ def conversations() -> list[Problem]:
 def load(split: Split, size: int | None, assets: Path | None) -> Rows:
     """The rows of the assets' file if there are assets, of the table above if not."""
     listed = conversations() if assets is None else read(assets / FILE)
+    if len(listed) >= OPEN:
+        listed = kept_apart(listed, split)
 
     def row(index: int) -> Problem:
         return listed[index % len(listed)]
