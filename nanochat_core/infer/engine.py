@@ -101,7 +101,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.max_rows = max_rows
-        self.context = context or 10 * model.config.sequence_len
+        self.context = context or model.config.positions
         self._tools = tools
         self._terminals = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos))
         self._device = model.lm_head.weight.device
