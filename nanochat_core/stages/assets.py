@@ -86,10 +86,9 @@ def _embedded(path: Path) -> None:
 
 
 def _hub(cfg: Config, job: Job) -> None:
-    import shutil
-
     from nanochat_core.data.fetch import Remote, fetch, offline, unzip
-    from nanochat_core.store import locked
+    from nanochat_core.data.tasks.identity import mended
+    from nanochat_core.store import locked, write_whole
 
     root = job.runtime.base_dir / "downloads" / "assets"
     names = {f"{BUNDLE}.zip": cfg.bundle_url, IDENTITY: cfg.identity_url, WORDS: cfg.words_url}
@@ -99,9 +98,14 @@ def _hub(cfg: Config, job: Job) -> None:
     with locked(root.with_name("assets.lock")):
         fetch(remotes, offline=offline(), progress=lambda done, wanted: job.record(step=done, steps=wanted))
     unzip(root / f"{BUNDLE}.zip", job.path)
-    for name in names.keys() & {IDENTITY, WORDS}:
-        shutil.copyfile(root / name, job.path / f"{name}.part")
-        (job.path / f"{name}.part").replace(job.path / name)
+    write_whole(job.path / WORDS, (root / WORDS).read_bytes())
+    if IDENTITY in names:
+        content, cut = mended((root / IDENTITY).read_bytes())
+        if cut:
+            note = f"{cut} of the published identity conversations ended in a question, which was cut off"
+            print(note, flush=True)
+            job.record(step=1, steps=1, note=note)
+        write_whole(job.path / IDENTITY, content)
 
 
 def _identity(name: str, job: Job) -> None:

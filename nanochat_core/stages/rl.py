@@ -60,6 +60,7 @@ def run(cfg: Config, job: Job) -> Metrics:
     """Go on from the fine-tuned model, rewarded by the task's own marking."""
     import functools
     import json
+    import math
     from collections.abc import Iterator
     from dataclasses import replace
 
@@ -117,9 +118,15 @@ def run(cfg: Config, job: Job) -> Metrics:
                 monitor.examined(vitals.reward)
             right = (answers.rewards >= 1).sum(1).tolist()
             ks = sizes(cfg.eval_samples)
-            n, *passed = world.sum(
-                len(mine), *(sum(pass_at(k, cfg.eval_samples, c) for c in right) for k in ks)
+            means = answers.rewards.double().mean(1)
+            n, total, squares, *passed = world.sum(
+                len(mine),
+                float(means.sum()),
+                float(means.square().sum()),
+                *(sum(pass_at(k, cfg.eval_samples, c) for c in right) for k in ks),
             )
+            # Of the mean over problems; a problem's samples are not independent of each other.
+            spread = math.sqrt(max(0.0, squares - total**2 / n) / max(1.0, n - 1) / n)
             said = [tokenizer.decode(completion.ids) for completion in answers.completions]
             lines = [
                 {"problem": i, "rewards": rewards, "said": said[row * cfg.eval_samples :][: cfg.eval_samples]}
@@ -134,6 +141,7 @@ def run(cfg: Config, job: Job) -> Metrics:
                 best.offer(state.model, state.step, vitals.reward)
             return {
                 "eval_reward": vitals.reward,
+                "eval_reward_se": spread,
                 **{f"eval_pass_at_{k}": value / n for k, value in zip(ks, passed, strict=True)},
                 **{f"eval_{key}": getattr(vitals, key) for key in ("entropy", "length", "unfinished")},
             }
@@ -191,7 +199,9 @@ def run(cfg: Config, job: Job) -> Metrics:
             return {}
         examined = [row for row in records(job) if "eval_reward" in row]
         first, last = examined[0], next(row for row in examined if row["step"] == kept_step)
-        found: Metrics = {"reward_start": first["eval_reward"], "reward": last["eval_reward"]}
+        found: Metrics = {}
+        for key in ("reward", "reward_se"):
+            found |= {f"{key}_start": first[f"eval_{key}"], key: last[f"eval_{key}"]}
         for k in sizes(cfg.eval_samples):
             found |= {
                 f"pass_at_{k}_start": first[f"eval_pass_at_{k}"],

@@ -83,6 +83,23 @@ def load(split: Split, size: int | None, assets: Path | None) -> Rows:
     return Rows("identity", size if size is not None else len(listed), row, contains_answer)
 
 
+def mended(content: bytes) -> tuple[bytes, int]:
+    """A published file whose conversations all end in an answer, and how many did not: a question that was
+    never answered is cut off. Lines that are no conversations stay as they are, to be refused by `read`."""
+    lines = []
+    cut = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, list) and row and isinstance(row[-1], dict) and row[-1].get("role") == "user":
+            cut += 1
+            line = json.dumps(row[:-1]).encode() + b"\n" if len(row) > 1 else b""
+        lines.append(line)
+    return b"".join(lines), cut
+
+
 def read(path: Path) -> list[Problem]:
     """Lines that are a list of messages, or an object with `messages` and perhaps `answer`."""
     found = []

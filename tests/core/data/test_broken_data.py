@@ -16,6 +16,7 @@ from nanochat_core.data import documents, shards
 from nanochat_core.data.packed import packed
 from nanochat_core.data.raw_text import read_documents
 from nanochat_core.data.tasks import humaneval, load_task, tables
+from nanochat_core.data.tasks.identity import mended
 from nanochat_core.infer import sandbox
 from nanochat_core.stage import Job, Metrics, Runtime
 from nanochat_core.stages import assets
@@ -47,6 +48,17 @@ BUNDLE = {
     "eval_meta_data.csv": "Eval Task,Random baseline\nt,50\n",
     "eval_data/t.jsonl": '{"context_options": ["a", "b"], "continuation": "c", "gold": 0}\n',
 }
+
+
+def published(root: Path, other: dict[str, bytes] | None = None) -> None:
+    """The downloads of a real run, brought by hand."""
+    root.mkdir(parents=True)
+    with zipfile.ZipFile(root / "eval_bundle.zip", "w") as archive:
+        for each, text in (BUNDLE | (other or {})).items():
+            archive.writestr(f"eval_bundle/{each}", text)
+    (root / "words_alpha.txt").write_text("kiwi\n")
+    (root / "identity_conversations.jsonl").write_text(json.dumps(TALK) + "\n")
+
 
 CONVERSATIONS: list[tuple[bytes, str]] = [
     (b"", "is empty: expected one conversation a line"),
@@ -89,6 +101,30 @@ def test_identity_of_ones_own_is_kept_as_it_was_and_watched(tmp_path: Path, quic
         store.verify(job.path, tmp_path)
     with pytest.raises(ValueError, match=r"there is no file .*gone\.jsonl; `nanochat identity"):
         run(tmp_path, identity=str(tmp_path / "gone.jsonl"))
+
+
+def test_a_published_question_without_an_answer_is_cut_off_and_told(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = json.dumps(TALK).encode() + b"\n"
+    lines = [
+        whole,
+        json.dumps([*TALK, TALK[0]]).encode() + b"\n",
+        json.dumps(TALK[:1]).encode(),
+        b"\n",
+        whole,
+    ]
+    root = tmp_path / "downloads" / "assets"
+    published(root)
+    (root / "identity_conversations.jsonl").write_bytes(b"".join(lines))
+    monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
+    job, metrics = run(tmp_path, source="hub", tasks=())
+    assert metrics["identity_conversations"] == 3
+    assert "2 of the published identity conversations ended in a question" in capsys.readouterr().out
+    assert "which was cut off" in (job.path / "metrics.jsonl").read_text()
+    assert (job.path / "identity_conversations.jsonl").read_bytes().startswith(whole)
+    broken = whole + b"[1]\n{\n"
+    assert mended(broken) == (broken, 0)  # to be refused with its line
 
 
 GSM8K = {"question": "How much?", "answer": "#### 3"}
@@ -178,14 +214,7 @@ def test_a_cut_parquet_and_one_of_a_single_row(tmp_path: Path, quick: None) -> N
 def test_the_evaluation_bundle(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, said: str
 ) -> None:
-    with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as archive:
-        for each, text in (BUNDLE | {name: content}).items():
-            archive.writestr(f"eval_bundle/{each}", text)
-    root = tmp_path / "downloads" / "assets"
-    root.mkdir(parents=True)
-    (tmp_path / "bundle.zip").rename(root / "eval_bundle.zip")  # brought by hand
-    (root / "words_alpha.txt").write_text("kiwi\n")
-    (root / "identity_conversations.jsonl").write_text(json.dumps(TALK) + "\n")
+    published(tmp_path / "downloads" / "assets", {name: content})
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
     with pytest.raises(ValueError, match=said):
         run(tmp_path, source="hub", tasks=())
