@@ -60,6 +60,19 @@ def test_what_is_set_to_0_and_what_is_generated_needs_nothing(tmp_path: Path) ->
     assert "sft" in plans.load("tiny", settings, base_dir=tmp_path).jobs
 
 
+def test_a_finished_stage_misses_no_file_that_has_gone_since(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.touch()
+    settings = [f'sft.mixture={{ "custom_json:{path}" = 9 }}']
+    job = plans.load("tiny", settings, base_dir=tmp_path).jobs["sft"]
+    path.unlink()
+    with pytest.raises(ValueError, match="which is not there"):
+        plans.load("tiny", settings, base_dir=tmp_path)
+    job.path.mkdir(parents=True)
+    (job.path / "result.json").write_text("{}")
+    assert "sft" in plans.load("tiny", settings, base_dir=tmp_path).jobs
+
+
 def test_a_file_of_ones_own_is_looked_for_where_it_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.touch()

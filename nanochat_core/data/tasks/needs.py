@@ -44,9 +44,10 @@ def _check_source(key: str, name: str, splits: tuple[Split, ...], assets: Brough
         listed = ", ".join(f'"{each}"' for each in (*assets.tasks, name))
         raise ValueError(f"{key} needs {name}, which the assets leave out: set assets.tasks to [{listed}]")
     if assets.task_folder is not None:
+        folder = Path(assets.task_folder)
         for split in splits:
             found = "train" if split == "validation" else split
-            if not given(Path(assets.task_folder), name, found):
+            if folder.is_dir() and not given(folder, name, found):  # one that is away may not be needed
                 where = f"{assets.task_folder}/{name}/{found}.parquet"
                 raise ValueError(f"{key} needs {name}: neither {where} nor .jsonl is there; bring that file")
     elif assets.source != "hub":
