@@ -28,7 +28,7 @@ HUB = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "smoltalk"]
         (
             "dgx-spark",
             ['assets.tasks=["gsm8k"]'],
-            r'mid\.mixture needs smoltalk, .*set assets\.tasks to \["gsm8k", "smoltalk"\]',
+            r'mid\.mixture needs smoltalk and mmlu, .*set assets\.tasks to \["gsm8k", "smoltalk", "mmlu"\]',
         ),
         (
             "dgx-spark",

@@ -1,6 +1,6 @@
 """Whether the rows that a recipe names will be there: asked by the plan, not days later by a stage."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -20,29 +20,31 @@ class Brought(Protocol):
     def task_folder(self) -> str | None: ...
 
 
-def check_rows(key: str, names: Iterable[str], splits: tuple[Split, ...], assets: Brought) -> None:
+def check_rows(key: str, names: Collection[str], splits: tuple[Split, ...], assets: Brought) -> None:
     """Refuse a task without the splits that `key` reads, and one that the assets will not hold. Generated
     tasks need nothing."""
-    for name in names:
-        whole = sliced(name)[0]
-        own = own_file(name)
-        if own is not None and not own.is_file():
+    for own in filter(None, map(own_file, names)):
+        if not own.is_file():
             raise ValueError(f"{key} names {own}, which is not there: make the file, or take it out of {key}")
-        if whole in SOURCES:
-            _check_source(key, whole, splits, assets)
+    needed = [name for name in dict.fromkeys(sliced(name)[0] for name in names) if name in SOURCES]
+    for name in needed:
+        for split in splits:
+            if not SOURCES[name].has(split):
+                known = " and ".join(SOURCES[name].splits)
+                raise ValueError(
+                    f"{key} needs {split} rows of {name}, which has {known} only: take it out of {key}"
+                )
+    absent = [name for name in needed if name not in assets.tasks]
+    if absent:
+        listed = ", ".join(f'"{name}"' for name in (*assets.tasks, *absent))
+        raise ValueError(
+            f"{key} needs {' and '.join(absent)}, which the assets leave out: set assets.tasks to [{listed}]"
+        )
+    for name in needed:
+        _check_source(key, name, splits, assets)
 
 
 def _check_source(key: str, name: str, splits: tuple[Split, ...], assets: Brought) -> None:
-    source = SOURCES[name]
-    for split in splits:
-        if not source.has(split):
-            known = " and ".join(source.splits)
-            raise ValueError(
-                f"{key} needs {split} rows of {name}, which has {known} only: take it out of {key}"
-            )
-    if name not in assets.tasks:
-        listed = ", ".join(f'"{each}"' for each in (*assets.tasks, name))
-        raise ValueError(f"{key} needs {name}, which the assets leave out: set assets.tasks to [{listed}]")
     if assets.task_folder is not None:
         folder = Path(assets.task_folder)
         for split in splits:
