@@ -18,7 +18,7 @@ from nanochat_core.stages import (
 )
 
 WORK = (
-    Stage("assets", assets),
+    Stage("assets", assets, version=2),  # 2: rows are held out of training for validation
     Stage(
         "shards_head", shards
     ),  # as many shards as the tokenizer reads, so that it need not wait for all of them

@@ -61,7 +61,7 @@ def count(n: float) -> str:
 
 def power(n: float) -> str:
     """FLOPs as their literature writes them: 1.0e19."""
-    return f"{n:.1e}".replace("e+", "e")
+    return f"{n:.2e}".replace("e+", "e")
 
 
 class Pace:

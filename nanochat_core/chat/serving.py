@@ -170,4 +170,4 @@ def _deliver(updates: list[tuple[Ticket, Update]]) -> None:
 def _finish(request: Request) -> Finish | None:
     if not request.done:
         return None
-    return "stop" if request.ended else "length"
+    return "stop" if request.terminal is not None else "length"

@@ -15,6 +15,7 @@ from nanochat_core.data.hub_rows import words
 
 DOCUMENT = 4_000  # characters: longer ones are cut at a line end, so that a batch sees many documents
 BLOCK = 1 << 20  # characters of a txt file at a time
+BATCH = 1024  # rows of a parquet file at a time
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 PACKED = (".gz", ".bz2", ".xz", ".zst")  # of jsonl and txt
 
@@ -86,8 +87,15 @@ def _parquet(name: str, file: IO[bytes], column: str) -> Iterator[str]:
     try:
         with pq.ParquetFile(file) as rows:
             check_column(name, rows.schema_arrow, column)
-            for batch in rows.iter_batches(batch_size=1024, columns=[column]):
-                yield from (text for text in batch.column(0).to_pylist() if text and not text.isspace())
+            for number, batch in enumerate(rows.iter_batches(batch_size=BATCH, columns=[column])):
+                try:
+                    texts = batch.column(0).to_pylist()
+                except UnicodeDecodeError as error:
+                    where = f"rows {number * BATCH + 1} to {number * BATCH + batch.num_rows}"
+                    raise ValueError(
+                        f"{name}, {where}: a text is not UTF-8 ({error.reason}): convert the file first"
+                    ) from None
+                yield from (text for text in texts if text and not text.isspace())
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name} is not a parquet file that can be read: {error}") from None
 

@@ -20,6 +20,7 @@ from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.tokenizer.chat import render_for_completion
 
 ROWS = 32  # of a pass that asks for no gradient
+NOTHING = 1e-6  # of an advantage: what is left of equal rewards less their mean, which floats do not hit
 
 Total = Callable[..., list[float]]
 """Adds numbers up over all ranks."""
@@ -84,24 +85,24 @@ class Answers:
     completions: list[Completion]
     rewards: Tensor  # (questions, samples)
 
-    def rows(self, tokenizer: Tokenizer, weights: Tensor) -> list[Row]:
+    def rows(self, weights: Tensor) -> list[Row]:
         """Each answer with its weight (questions, samples), its end included where the model ended it."""
-        end = tokenizer.special("<|assistant_end|>")
+        ends = [[] if done.terminal is None else [done.terminal] for done in self.completions]
         return [
             Row(
-                prompt + completion.ids + [end] * completion.ended,
-                [0] * len(prompt) + completion.mask + [1] * completion.ended,
+                prompt + completion.ids + end,
+                [0] * len(prompt) + completion.mask + [1] * len(end),
                 weight,
             )
-            for prompt, completion, weight in zip(
-                self.prompts, self.completions, weights.flatten().tolist(), strict=True
+            for prompt, completion, end, weight in zip(
+                self.prompts, self.completions, ends, weights.flatten().tolist(), strict=True
             )
         ]
 
     def vitals(self, model: GPT, tokenizer: Tokenizer, total: Total) -> Vitals:
         """Over the answers of all ranks. The entropy is taken from the first answer to each question, at
         temperature 1 and over the whole vocabulary: one forward pass for few."""
-        firsts = self.rows(tokenizer, torch.zeros_like(self.rewards))[:: self.rewards.size(1)]
+        firsts = self.rows(torch.zeros_like(self.rewards))[:: self.rewards.size(1)]
         device = model.lm_head.weight.device
         nats = chosen = 0.0
         for start in range(0, len(firsts), ROWS):
@@ -172,13 +173,13 @@ def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
 def to_batch(answers: Answers, tokenizer: Tokenizer, step: int) -> Batch:
     """The answers that can teach something, padded on the right to the longest."""
     advantages = answers.rewards - answers.rewards.mean(dim=1, keepdim=True)
-    rows = answers.rows(tokenizer, advantages)
+    rows = answers.rows(advantages)
     count = sum(sum(row.mask) for row in rows)
-    telling = [row for row in rows if row.weight]
+    telling = [row for row in rows if abs(row.weight) > NOTHING]
     if not telling:  # the loop wants a batch from every rank: one that moves nothing
         telling = [Row([*answers.prompts[0], tokenizer.bos], [0] * (len(answers.prompts[0]) + 1), 0.0)]
     inputs, targets, weights = padded(telling, tokenizer.bos)
-    alike = int((advantages.abs().sum(dim=1) == 0).sum())
+    alike = int((advantages.abs().amax(dim=1) <= NOTHING).sum())
     notes = {"alike": alike / advantages.size(0)}
     return Batch(inputs, targets, weights, float(max(1, count)), lambda: {"step": step}, notes)
 

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from nanochat_core.data import corpus
-from nanochat_core.data.documents import MANIFEST, Shard, Shards, shard_list
+from nanochat_core.data.documents import MANIFEST, Shard, Shards, row_group, shard_list
 from nanochat_core.data.fetch import Progress, fetch
 from nanochat_core.data.hub import HUB
 from nanochat_core.data.raw_text import (
@@ -39,18 +39,19 @@ ROW_GROUP = 256  # documents; ranks take turns at row groups, so even a small sh
 EMBEDDED_TRAIN = 4  # shards of about 5.2 MB of text each
 SMALL = 5_000_000  # characters of a corpus that goes without docstrings
 HELD_OUT = 0.02  # of the embedded corpus's characters, whole documents
+READERS = 4  # shards looked at at once; each takes a row group's memory
 LOCAL_SHARD = 50_000_000  # characters of a shard made from local jsonl or txt files
 
 
 # ----------------------------------------------------------------------------------------- parquet in and out
 
 
-def write_shard(path: Path, texts: "Sequence[str] | pa.ChunkedArray", row_group: int = ROW_GROUP) -> None:
+def write_shard(path: Path, texts: "Sequence[str] | pa.ChunkedArray", group: int = ROW_GROUP) -> None:
     """One shard, written whole: zstd, row groups of so many documents or of a quarter of the shard."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = max(1, min(row_group, len(texts) // 4))
+    rows = max(1, min(group, len(texts) // 4))
     part = path.with_name(path.name + ".part")
     column = texts.cast(pa.string()) if isinstance(texts, pa.ChunkedArray) else pa.array(texts, pa.string())
     table = pa.table({"text": column})
@@ -63,19 +64,41 @@ def write_shard(path: Path, texts: "Sequence[str] | pa.ChunkedArray", row_group:
 
 
 def describe(path: Path) -> Shard:
-    """What there is to know of a parquet shard; a ValueError says why one cannot be trained on."""
+    """What there is to know of a parquet shard; a ValueError says why one cannot be trained on.
+
+    All of its text is looked at once, a row group at a time: 1.3 s for 250 million characters.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            schema, rows, row_groups = file.schema_arrow, file.metadata.num_rows, file.num_row_groups
+            schema, listed, row_groups = file.schema_arrow, file.metadata.num_rows, file.num_row_groups
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a parquet file that can be read: {error}") from None
     check_column(str(path), schema, "text")
-    if rows == 0:
+    if listed == 0:
         raise ValueError(f"{path} is empty: expected at least one document")
+    rows = 0
+    for index in range(row_groups):
+        try:
+            rows += len(row_group(path, index))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, row group {index}: a text is not UTF-8 ({error.reason}): convert the file first"
+            ) from None
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}, row group {index}, cannot be read: {error}") from None
+    if rows == 0:
+        raise ValueError(f"{path} holds no text: all {listed} rows of column 'text' are null or blank")
     return Shard(path.name, path, path.stat().st_size, sha256(path), rows, row_groups)
+
+
+def described(paths: Sequence[Path]) -> Shards:
+    """Train shards and the last one, for validation; several are looked at at once."""
+    with ThreadPoolExecutor(READERS) as pool:
+        shards = tuple(pool.map(describe, paths))
+    return Shards(shards[:-1], shards[-1:])
 
 
 def manifest(shards: Shards, root: Path, commit: str | None = None) -> str:
@@ -170,8 +193,7 @@ def download(
     """Parquet files, the last one for validation. Files that lie together there lie together here."""
     with locked(root / f"{folder_of(files[0].url)}.lock"):
         fetched = fetch(files, workers=workers, offline=offline, patience=patience, progress=progress)
-    shards = [describe(file.path) for file in fetched]
-    return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
+    return described([file.path for file in fetched])
 
 
 def revision(files: Sequence[Remote]) -> str | None:
@@ -227,8 +249,7 @@ def from_filesystem(
         list(pool.map(_copy, wanted, paths))
     if not parquet:
         return _texts(folder, paths, root)
-    shards = [describe(path) for path in paths]
-    return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
+    return described(paths)
 
 
 def _copy(file: TextFile, path: Path) -> None:
@@ -295,8 +316,7 @@ def local(folder: Path, root: Path) -> Shards:
         raise ValueError(f"{folder} holds no .parquet, .jsonl or .txt file")
     if not parquet:
         return _texts(folder, files, root)
-    shards = [describe(path) for path in parquet]
-    return Shards(tuple(shards[:-1]), tuple(shards[-1:]))
+    return described(parquet)
 
 
 def _texts(folder: Path, files: Sequence[Path], root: Path) -> Shards:

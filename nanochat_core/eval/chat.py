@@ -89,7 +89,7 @@ def sample_seed(seed: int, problem: int, sample: int) -> int:
 def choose(model: GPT, tokenizer: Tokenizer, asked: Sequence[Problem]) -> list[str]:
     """The likeliest of the allowed letters where the assistant's answer begins, for every problem."""
     device = model.lm_head.weight.device
-    context = model.config.sequence_len
+    context = model.config.positions
     prompts = [render_for_completion(tokenizer, problem)[-context:] for problem in asked]
     candidates = [[Candidate(ids, len(ids) - 1, len(ids))] for ids in prompts]
     chosen: dict[int, str] = {}

@@ -179,7 +179,7 @@ def common_suffix(sequences: Sequence[Sequence[int]]) -> int:
 def candidates(kind: Kind, tokens: Sequence[list[int]], context: int | None) -> list[Candidate]:
     """The spans to score. At least one token of each is, also where one choice is the beginning of another.
 
-    What is longer than the model's context loses its beginning.
+    What is longer than `context` loses its beginning.
     """
     if kind == "schema":
         length = max(1, min(common_suffix(tokens), min(map(len, tokens)) - 1))

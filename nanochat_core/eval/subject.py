@@ -33,7 +33,7 @@ def load_subject(name: str, device: torch.device) -> Subject:
     directory = Path(name)
     if (directory / "job.json").is_file() or is_exported(directory):
         model, tokenizer = load_chat(directory, device)
-        return Subject(model, tokenizer, model.config.sequence_len, identity(directory))
+        return Subject(model, tokenizer, model.config.positions, identity(directory))
     return from_transformers(name, device)
 
 

@@ -32,7 +32,11 @@ class Completion(NamedTuple):
 
     ids: list[int]
     mask: list[int]  # 1: sampled by the model, 0: forced in by a tool
-    ended: bool  # the model ended its turn; False: it ran out of room
+    terminal: int | None  # what the model ended its turn with; None: it ran out of room
+
+    @property
+    def ended(self) -> bool:
+        return self.terminal is not None
 
 
 class Request:
@@ -47,7 +51,7 @@ class Request:
         self.terminals = terminals
         self.ids: list[int] = []
         self.mask: list[int] = []
-        self.ended = False
+        self.terminal: int | None = None
         self.done = False
         self.cancelled = False
         self.read = 0  # tokens, of the prompt and then of the answer, that are in the row
@@ -61,7 +65,7 @@ class Request:
             token = self.forced.popleft()
             self.mask.append(0)
         elif token in self.terminals:
-            self.ended = self.done = True
+            self.terminal, self.done = token, True
             return
         else:
             self.mask.append(1)
@@ -75,7 +79,7 @@ class Request:
         return (*self.prompt, *self.ids)[: self.read]
 
     def completion(self) -> Completion:
-        return Completion(self.ids, self.mask, self.ended)
+        return Completion(self.ids, self.mask, self.terminal)
 
 
 class _Reading(NamedTuple):
@@ -101,7 +105,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.max_rows = max_rows
-        self.context = context or 10 * model.config.sequence_len
+        self.context = context or model.config.positions
         self._tools = tools
         self._terminals = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos))
         self._device = model.lm_head.weight.device

@@ -63,11 +63,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def angles(config: GPTConfig) -> Tensor:
-    """How far each pair of channels turns at each position (P, D/2). Ten times the trained length, as
-    upstream has it: chat may run past the window it was trained in."""
+    """How far each pair of channels turns at each position (P, D/2)."""
     D = config.head_dim
     inverse = config.rope_base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
-    return torch.arange(10 * config.sequence_len, dtype=torch.float32)[:, None] * inverse
+    return torch.arange(config.positions, dtype=torch.float32)[:, None] * inverse
 
 
 class Attention(nn.Module):

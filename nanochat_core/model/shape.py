@@ -51,6 +51,12 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
+    def positions(self) -> int:
+        """How far the rotary positions reach: ten times the trained length, as upstream has it, so that chat
+        and long examples may run past it."""
+        return 10 * self.sequence_len
+
+    @property
     def padded_vocab(self) -> int:
         """Rows of the embedding and head: `modern` rounds up to 64 so that matrix products stay aligned."""
         return self.vocab_size if self.arch == "seed" else -(-self.vocab_size // 64) * 64
@@ -60,11 +66,11 @@ class GPTConfig:
         return 10_000.0 if self.arch == "seed" else 100_000.0
 
     def windows(self) -> list[int]:
-        """How far back each layer looks: three short layers (a quarter of the sequence), one long; the last
-        is long."""
-        long = self.sequence_len
+        """How far back each layer looks: in `seed` to the very beginning; in `modern` three short layers (a
+        quarter of the sequence), one long; the last is long."""
         if self.arch == "seed":
-            return [long] * self.n_layer
+            return [self.positions] * self.n_layer
+        long = self.sequence_len
         short = -(-long // 4 // 128) * 128
         return [
             long if i % 4 == 3 or i == self.n_layer - 1 else min(short, long) for i in range(self.n_layer)

@@ -65,7 +65,7 @@ def headline_metrics(rows: Mapping[str, Metrics]) -> Metrics:
     if val is not None:
         found["base/val_bpb"] = val
     for stage in ("mid", "sft", "rl"):
-        for key in ("val_bpb_start", "val_bpb", "reward_start", "reward"):
+        for key in ("val_bpb_start", "val_bpb", "reward_start", "reward", "reward_se_start", "reward_se"):
             if key in rows.get(stage, {}):
                 found[f"{stage}/{key}"] = rows[stage][key]
     for row, model in EVALUATIONS.items():
@@ -83,10 +83,11 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
             continue
         for key, value in row.metrics.items():
             start = row.metrics.get(f"{key}_start")
+            if key.endswith("_se"):
+                continue  # beside the number that it is the standard error of
             if isinstance(value, int | float) and isinstance(start, int | float):
-                lines.append(
-                    [name, MEASURES.get(key, key), number(start), number(value), signed(value - start)]
-                )
+                shown = (_with_noise(row.metrics, key, end) for end in ("_start", ""))
+                lines.append([name, MEASURES.get(key, key), *shown, signed(value - start)])
     scores = [(model, metrics[f"{model}/chatcore"]) for model in MODELS if f"{model}/chatcore" in metrics]
     before: float | None = None
     for model, score in scores:
@@ -111,9 +112,18 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
         Text(f"{name} {row.metrics['stopped']}.") for name, row in rows.items() if "stopped" in row.metrics
     ]
     if lines:
+        noisy = any("±" in cell for line in lines for cell in line)
         blocks.append(Table(["stage", "measure", "before", "after", "change"], lines, names=2))
-        blocks.append(Text("Of bits per byte and loss less is better, of everything else more."))
+        noise = " What follows ± is the standard error over the problems asked." if noisy else ""
+        blocks.append(Text(f"Of bits per byte and loss less is better, of everything else more.{noise}"))
     return blocks
+
+
+def _with_noise(metrics: Metrics, key: str, end: str) -> str:
+    """A measure, and its standard error where the stage gives one."""
+    spread = metrics.get(f"{key}_se{end}")
+    shown = number(metrics[f"{key}{end}"])
+    return shown if spread is None else f"{shown} ± {number(spread)}"
 
 
 def task_table(metrics: Metrics) -> list[Block]:
@@ -124,7 +134,7 @@ def task_table(metrics: Metrics) -> list[Block]:
     tasks = dict.fromkeys(
         key.partition("/")[2] for model in chat for key in metrics if key.startswith(f"{model}/")
     )
-    hidden = ("chatcore", "chatcore_5", "val_bpb", "reward")
+    hidden = ("chatcore", "chatcore_5", "val_bpb", "reward", "reward_se")
     kept = [task for task in tasks if task not in hidden and not task.endswith("_start")]
     wanted = ["core", "val_bpb"] if "base" in models else []
     lines = []

@@ -52,6 +52,16 @@ class Config(Recipe):
         """Named in full: a stage, or a worker, may run elsewhere than this command."""
         return None if place is None else str(Path(place).expanduser().absolute())
 
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        from nanochat_core.data.tasks.tables import SOURCES
+
+        for name in tasks:
+            if name not in SOURCES:
+                raise ValueError(f"{name!r} is not a data set to bring; those are {', '.join(SOURCES)}")
+        return tasks
+
     def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
         return {"download": HUB_BYTES} if self.source == "hub" else {}
 
@@ -84,11 +94,10 @@ def _embedded(path: Path) -> None:
 
 
 def _hub(cfg: Config, job: Job) -> None:
-    import shutil
-
     from nanochat_core.data.fetch import fetch, offline, unzip
     from nanochat_core.data.request import Remote
-    from nanochat_core.store import locked
+    from nanochat_core.data.tasks.identity import mended
+    from nanochat_core.store import locked, write_whole
 
     root = job.runtime.base_dir / "downloads" / "assets"
     names = {f"{BUNDLE}.zip": cfg.bundle_url, IDENTITY: cfg.identity_url, WORDS: cfg.words_url}
@@ -107,9 +116,14 @@ def _hub(cfg: Config, job: Job) -> None:
     with locked(root.with_name("assets.lock")):
         fetch(remotes, offline=offline(), patience=patience, progress=job.arrived)
     unzip(root / f"{BUNDLE}.zip", job.path)
-    for name in names.keys() & {IDENTITY, WORDS}:
-        shutil.copyfile(root / name, job.path / f"{name}.part")
-        (job.path / f"{name}.part").replace(job.path / name)
+    write_whole(job.path / WORDS, (root / WORDS).read_bytes())
+    if IDENTITY in names:
+        content, cut = mended((root / IDENTITY).read_bytes())
+        if cut:
+            note = f"{cut} of the published identity conversations ended in a question, which was cut off"
+            print(note, flush=True)
+            job.record(step=1, steps=1, note=note)
+        write_whole(job.path / IDENTITY, content)
 
 
 def _identity(name: str, job: Job) -> None:
@@ -132,29 +146,31 @@ def _tasks(cfg: Config, job: Job) -> None:
     from nanochat_core.data.patience import Patience
     from nanochat_core.data.request import endpoint
     from nanochat_core.data.tasks import humaneval, tables
+    from nanochat_core.data.tasks.base import SPLITS
 
     if "humaneval" in cfg.tasks:
         humaneval.check_sandbox()
     folder = None if cfg.task_folder is None else Path(cfg.task_folder)
     if folder is not None:
         job.made_from(folder, (".parquet", ".jsonl"))
-    for name in cfg.tasks:
-        if name not in tables.SOURCES:
-            raise ValueError(f"assets.tasks: {name!r} is not one of {', '.join(tables.SOURCES)}")
-    wanted = [(name, split) for name in cfg.tasks for split in tables.SOURCES[name].splits]
-    for i, (name, split) in enumerate(wanted):
+    minutes = job.runtime.network_minutes
+    for i, name in enumerate(cfg.tasks):
+        source = tables.SOURCES[name]
 
         def tell(waiting: str, at: int = i) -> None:
-            job.arrived(at, len(wanted), waiting)
+            job.arrived(at, len(cfg.tasks), waiting)
 
-        minutes = job.runtime.network_minutes
         patience = None if offline() else Patience(endpoint(), 60 * minutes, time.sleep, tell)
-        path = job.path / tables.FOLDER / name / f"{split}.arrow"
-        if not path.is_file():
-            count = tables.bring(name, split, path, folder, patience)
+        for split in source.splits:
+            path = job.path / tables.FOLDER / name / f"{split}.arrow"
+            if split == "validation" and folder is not None and not tables.given(folder, name, split):
+                continue  # some of the train rows are for that
+            if not path.is_file():
+                count = tables.bring(name, split, path, folder, patience)
+                print(f"{name} ({split}): {count} rows", flush=True)
+        for split in filter(source.has, SPLITS):
             _check_rows(name, split, job.path, "" if folder is None else f"{folder}/")
-            print(f"{name} ({split}): {count} rows", flush=True)
-        job.record(step=i + 1, steps=len(wanted))
+        job.record(step=i + 1, steps=len(cfg.tasks))
 
 
 def _check_rows(name: str, split: "Split", assets: Path, folder: str) -> None:

@@ -27,7 +27,7 @@ def run(cfg: Config, job: Job) -> Metrics:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])
         model = trained_model(job.inputs["model"], tokenizer).to(world.device)
         model.compute_dtype = world.dtype
-        context = model.config.sequence_len
+        context = model.config.positions  # longer than it was trained on, as upstream
         found = core.answered(
             model, tokenizer, tasks, partial, world, limit=cfg.max_per_task, context=context
         )

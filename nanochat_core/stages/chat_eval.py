@@ -1,5 +1,8 @@
 """What a chat model can do: its accuracy on each task, and ChatCORE, their mean with chance at 0."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field, field_validator
 
 from nanochat_core.stage import Job, Metrics, Recipe
@@ -26,6 +29,11 @@ class Config(Recipe):
         if not tasks:
             raise ValueError("tasks is empty: name at least one")
         return tuple(check_name(name) for name in tasks)
+
+    def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
+        from nanochat_core.data.tasks.needs import check_rows
+
+        check_rows(f"{row}.tasks", self.tasks, ("test",), configs["assets"])
 
 
 def run(cfg: Config, job: Job) -> Metrics:

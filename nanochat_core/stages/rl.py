@@ -7,12 +7,14 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from nanochat_core.data.tasks import check_name
+from nanochat_core.data.tasks.needs import check_rows
 from nanochat_core.stage import Job, Metrics
 from nanochat_core.train.config import Training
 
 
 class Config(Training):
-    # nanochat's GSM8K recipe: 7,473 problems / 16 a step = 467 steps.
+    # nanochat's GSM8K recipe: 7,473 problems / 16 a step = 467 steps. 373 of them are for the examinations
+    # here, so the last 23 steps ask again.
     task: str = "gsm8k"
     task_rows: int | None = Field(None, ge=1)  # problems to train on; None: all
     steps: int = Field(467, ge=1)
@@ -22,7 +24,7 @@ class Config(Training):
     temperature: float = Field(1.0, gt=0)
     top_k: int | None = Field(50, ge=1)
     eval_every: int = Field(60, ge=0)
-    eval_problems: int = Field(400, ge=1)  # of the task's test split
+    eval_problems: int = Field(400, ge=1)  # held out from training; the test is for rl_eval alone
     eval_samples: int = Field(8, ge=1)  # of each, at the training temperature: pass@2, 4 and 8
     # The collapse monitor sets the mean of the last `watch` steps beside the examination at step 0. It ends
     # the stage where a limit is passed; the model that did best when examined is kept.
@@ -51,12 +53,14 @@ class Config(Training):
     def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
         if ranks > self.questions:
             raise ValueError(f"{ranks} ranks cannot share {self.questions} questions; raise {row}.questions")
+        check_rows(f"{row}.task", (self.task,), ("train", "validation"), configs["assets"])
 
 
 def run(cfg: Config, job: Job) -> Metrics:
     """Go on from the fine-tuned model, rewarded by the task's own marking."""
     import functools
     import json
+    import math
     from collections.abc import Iterator
     from dataclasses import replace
 
@@ -64,7 +68,7 @@ def run(cfg: Config, job: Job) -> Metrics:
 
     from nanochat_core.data.batch import Batch
     from nanochat_core.data.rollouts import Sampler, rollouts
-    from nanochat_core.data.tasks import load_task
+    from nanochat_core.data.tasks import load_task, sliced
     from nanochat_core.eval.chat import pass_at, sizes
     from nanochat_core.infer.engine import Engine
     from nanochat_core.store import write_whole
@@ -80,7 +84,8 @@ def run(cfg: Config, job: Job) -> Metrics:
         model = trained_model(job.inputs["model"], tokenizer)
         assets = job.inputs.get("assets")
         task = load_task(cfg.task, "train", size=cfg.task_rows, assets=assets)
-        held_out = load_task(cfg.task, "test", size=cfg.eval_problems, assets=assets)
+        whole = sliced(cfg.task)[0]  # a slice is of the training rows
+        held_out = load_task(whole, "validation", size=cfg.eval_problems, assets=assets)
         state = new_state(model, cfg.rates(1), world)
         sampler = Sampler(cfg.samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
         examiner = Sampler(cfg.eval_samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
@@ -113,9 +118,15 @@ def run(cfg: Config, job: Job) -> Metrics:
                 monitor.examined(vitals.reward)
             right = (answers.rewards >= 1).sum(1).tolist()
             ks = sizes(cfg.eval_samples)
-            n, *passed = world.sum(
-                len(mine), *(sum(pass_at(k, cfg.eval_samples, c) for c in right) for k in ks)
+            means = answers.rewards.double().mean(1)
+            n, total, squares, *passed = world.sum(
+                len(mine),
+                float(means.sum()),
+                float(means.square().sum()),
+                *(sum(pass_at(k, cfg.eval_samples, c) for c in right) for k in ks),
             )
+            # Of the mean over problems; a problem's samples are not independent of each other.
+            spread = math.sqrt(max(0.0, squares - total**2 / n) / max(1.0, n - 1) / n)
             said = [tokenizer.decode(completion.ids) for completion in answers.completions]
             lines = [
                 {"problem": i, "rewards": rewards, "said": said[row * cfg.eval_samples :][: cfg.eval_samples]}
@@ -130,6 +141,7 @@ def run(cfg: Config, job: Job) -> Metrics:
                 best.offer(state.model, state.step, vitals.reward)
             return {
                 "eval_reward": vitals.reward,
+                "eval_reward_se": spread,
                 **{f"eval_pass_at_{k}": value / n for k, value in zip(ks, passed, strict=True)},
                 **{f"eval_{key}": getattr(vitals, key) for key in ("entropy", "length", "unfinished")},
             }
@@ -187,7 +199,9 @@ def run(cfg: Config, job: Job) -> Metrics:
             return {}
         examined = [row for row in records(job) if "eval_reward" in row]
         first, last = examined[0], next(row for row in examined if row["step"] == kept_step)
-        found: Metrics = {"reward_start": first["eval_reward"], "reward": last["eval_reward"]}
+        found: Metrics = {}
+        for key in ("reward", "reward_se"):
+            found |= {f"{key}_start": first[f"eval_{key}"], key: last[f"eval_{key}"]}
         for k in sizes(cfg.eval_samples):
             found |= {
                 f"pass_at_{k}_start": first[f"eval_pass_at_{k}"],

@@ -3,7 +3,7 @@
 from nanochat_core.data.batch import ahead
 from nanochat_core.data.conversations import packed_conversations, tokens_per_epoch
 from nanochat_core.data.mixture import load_mixture
-from nanochat_core.data.tasks import own_file, sliced
+from nanochat_core.data.tasks import own_file
 from nanochat_core.eval.bpb import bits_per_byte
 from nanochat_core.model.flops import flops_per_token
 from nanochat_core.stage import Job, Metrics
@@ -24,14 +24,10 @@ def train_on_conversations(cfg: ChatTraining, job: Job) -> Metrics:
         T = shape.sequence_len
         rows = divides(cfg.total_batch, T, f"{job.stage}.total_batch", world.size)
         assets = job.inputs.get("assets")
-        for own in filter(None, map(own_file, cfg.mixture)):
+        for own in filter(None, map(own_file, cfg.rows())):
             job.made_from(own)
-        mixture = load_mixture(cfg.mixture, "train", assets=assets, seed=cfg.seed, order=cfg.order)
-        shares: dict[str, int] = {}  # of whole tasks: a slice is of the training rows
-        for name, n in cfg.mixture.items():
-            share = max(1, n * cfg.eval_rows // sum(cfg.mixture.values()))
-            shares[sliced(name)[0]] = shares.get(sliced(name)[0], 0) + share
-        held_out = load_mixture(shares, "test", assets=assets, seed=cfg.seed)
+        mixture = load_mixture(cfg.rows(), "train", assets=assets, seed=cfg.seed, order=cfg.order)
+        held_out = load_mixture(cfg.held_out(), "validation", assets=assets, seed=cfg.seed)
         steps = cfg.steps or max(1, round(tokens_per_epoch(mixture, tokenizer, T) / cfg.total_batch))
         state = new_state(model, cfg.rates(cfg.total_batch), world)
         token_bytes = byte_counts(tokenizer, world.device)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from nanochat_core.data.mixture import Order
-from nanochat_core.data.tasks import check_name
+from nanochat_core.data.tasks import check_name, sliced
+from nanochat_core.data.tasks.needs import check_rows
 from nanochat_core.model.flops import flops_per_token
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.optim.schedule import Rates, Schedule
@@ -61,7 +62,7 @@ class ChatTraining(Training):
     total_batch: int = Field(2**19, ge=1)  # tokens a step
     steps: int | None = Field(None, ge=1)  # None: about one epoch of the mixture
     eval_every: int = Field(150, ge=0)
-    eval_rows: int = Field(1000, ge=1)  # conversations of the mixture's test split to validate on
+    eval_rows: int = Field(1000, ge=1)  # conversations to validate on, none of them trained on
 
     @field_validator("mixture")
     @classmethod
@@ -69,6 +70,19 @@ class ChatTraining(Training):
         for name in mixture:
             check_name(name)
         return mixture
+
+    def rows(self) -> dict[str, int]:
+        """The mixture without what an override has set to 0."""
+        return {name: count for name, count in self.mixture.items() if count}
+
+    def held_out(self) -> dict[str, int]:
+        """The rows to validate on: the same shares, of whole tasks, for a slice is of the training rows."""
+        shares: dict[str, int] = {}
+        for name, count in self.rows().items():
+            whole = sliced(name)[0]
+            share = max(1, count * self.eval_rows // sum(self.mixture.values()))
+            shares[whole] = shares.get(whole, 0) + share
+        return shares
 
     def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
         shape: GPTConfig = configs["pretrain"].shape(configs["tokenizer"].vocab_size)
@@ -79,6 +93,7 @@ class ChatTraining(Training):
 
     def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
         divides(self.total_batch, configs["pretrain"].sequence_len, f"{row}.total_batch", ranks)
+        check_rows(f"{row}.mixture", self.rows(), ("train", "validation"), configs["assets"])
 
 
 def divides(total_batch: int, sequence_len: int, name: str, ranks: int = 1) -> int:

@@ -210,7 +210,9 @@ def test_no_network_is_a_fault_only_while_something_is_to_be_fetched(
     assert line.state == "fail" and "huggingface.co does not answer" in line.found
     said: list[str] = []  # a run's preflight leaves it to the downloads, which wait
     lines = doctor.preflight(spark, plans.explain(spark), said.append, box.edges())
-    assert line._replace(state="warn") in lines and any("huggingface.co does not answer" in words for words in said)
+    assert line._replace(state="warn") in lines and any(
+        "huggingface.co does not answer" in words for words in said
+    )
     assert "network" not in box.examine(plans.load("cpu-demo", base_dir=tmp_path / "base"))
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
     line = box.examine(spark)["network"]

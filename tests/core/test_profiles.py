@@ -6,6 +6,7 @@ import pytest
 
 from nanochat_core import plan as plans
 from nanochat_core.published import EXPECTED
+from nanochat_core.train.config import Training
 
 
 @pytest.mark.parametrize("profile", plans.profile_names())
@@ -33,6 +34,35 @@ def test_a_profile_costs_what_was_published(
     assert (facts["params"], facts["steps"]) == (params, steps)
     assert facts["tokens"] == pytest.approx(tokens, rel=2e-3)
     assert facts["flops"] == pytest.approx(flops, rel=5e-3)
+
+
+@pytest.mark.parametrize("profile", ["dgx-spark-seed", "speedrun-8xh100", "run1000"])
+def test_what_was_of_november_2025_is_as_it_was(profile: str, tmp_path: Path) -> None:
+    jobs = plans.load(profile, base_dir=tmp_path).jobs
+    pretrain, mid, sft = (jobs[row].config for row in ("pretrain", "mid", "sft"))
+    for config in (pretrain, mid, sft, *([jobs["rl"].config] if "rl" in jobs else [])):
+        assert not config.scale_rates and config.warmup_steps == 0 and config.final_lr == 0
+        assert (config.matrix_lr, config.embedding_lr, config.unembedding_lr) == (0.02, 0.2, 0.004)
+        assert config.weight_decay == 0
+
+    def momentum(config: Training, steps: int) -> list[float]:
+        return [config.schedule().muon_momentum(step, steps) for step in (0, 150, 300, steps)]
+
+    assert momentum(pretrain, 20_000) == momentum(mid, 809) == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert momentum(sft, 701) == [0.95] * 4
+    for config in (pretrain, mid):
+        assert [config.schedule().lr(step, 800) for step in (0, 640, 720)] == pytest.approx([1, 1, 0.5])
+    assert (mid.total_batch, mid.lr_fraction, mid.grad_clip, pretrain.grad_clip) == (2**19, 1, None, 1)
+    assert (sft.total_batch, sft.steps, sft.lr_fraction) == (8 * 2048, 701, 0.02)
+    assert [sft.schedule().lr(step, 701) for step in (0, 350)] == pytest.approx([1, 0.5], abs=1e-3)
+    # What comes to a step: 32 conversations of the mixture's mean length, as the profile reckons it.
+    shares = sft.mixture
+    tokens = 820 * shares["smoltalk"] + 180 * (sum(shares.values()) - shares["smoltalk"])
+    assert sft.total_batch / (tokens / sum(shares.values())) == pytest.approx(32, abs=3)
+    if "rl" in jobs:
+        rl = jobs["rl"].config
+        assert momentum(rl, 467) == [0.95] * 4
+        assert (rl.steps, rl.questions, rl.samples, rl.lr_fraction) == (467, 16, 16, 0.05)
 
 
 def test_scaling_rules_give_the_published_batches_and_decay(tmp_path: Path) -> None:
@@ -70,10 +100,10 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("profile", "said"),
     [
-        ("dgx-spark", "897 M|3.48 G|10 E"),
-        ("dgx-spark-seed", "561 M|11.2 G|39.2 E"),
-        ("speedrun-8xh100", "561 M|11.2 G|39.2 E"),
-        ("run1000", "1.88 G|37.6 G|454 E"),
+        ("dgx-spark", "897 M|3.48 G|1.00e19"),
+        ("dgx-spark-seed", "561 M|11.2 G|3.92e19"),
+        ("speedrun-8xh100", "561 M|11.2 G|3.92e19"),
+        ("run1000", "1.88 G|37.6 G|4.54e20"),
     ],
 )
 def test_the_plan_prints_the_published_parameters_tokens_and_flops(

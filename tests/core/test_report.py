@@ -38,7 +38,7 @@ def test_each_name_of_a_whole_run_is_there() -> None:
             "base_eval": {"core": 0.2, "capitals": 0.4},
             "mid_eval": {"chatcore": 0.1, "spelling": 0.3},
             "sft_eval": {"chatcore": 0.3, "spelling": 0.9},
-            "rl": {"reward_start": 0.7, "reward": 0.8},
+            "rl": {"reward_start": 0.7, "reward": 0.8, "reward_se_start": 0.03, "reward_se": 0.02},
             "rl_eval": {"chatcore": 0.4, "spelling": 0.9},
         }
     )
@@ -50,6 +50,7 @@ def test_each_name_of_a_whole_run_is_there() -> None:
         "sft/chatcore",
         "rl/reward_start",
     }
+    wanted |= {"rl/reward_se_start", "rl/reward_se"}
     wanted |= {"rl/reward", "base/capitals", "mid/spelling", "sft/spelling", "rl/spelling"}
     assert wanted <= set(found)
     assert found["base/val_bpb"] == 1.5  # of the whole validation set, where it was measured
@@ -63,6 +64,7 @@ def test_every_task_stands_beside_each_model_with_its_gain() -> None:
         "rl/chatcore": 0.4,
         "rl/spelling": 0.5,
         "rl/reward": 0.8,
+        "rl/reward_se": 0.02,
         "rl/chatcore_5": 0.2,
     }
     (table,) = report.task_table(metrics)
@@ -83,6 +85,18 @@ def test_a_stage_that_stopped_early_says_so(rows: dict[str, Path]) -> None:
     (_, blocks), *_ = report.collect(rows).sections
     said = "sft stopped at step 3 because the reward fell; kept step 2."
     assert said in [block.text for block in blocks if isinstance(block, Text)]
+
+
+def test_a_reward_stands_beside_its_noise(rows: dict[str, Path]) -> None:
+    path = rows["sft"] / "result.json"
+    result = json.loads(path.read_text())
+    result["metrics"] |= {"reward_start": 0.5, "reward": 0.75, "reward_se_start": 0.04, "reward_se": 0.03}
+    path.write_text(json.dumps(result))
+    (_, blocks), *_ = report.collect(rows).sections
+    (table,) = [block for block in blocks if isinstance(block, report.Table)]
+    assert ["sft", "reward", "0.5000 ± 0.0400", "0.7500 ± 0.0300", "+0.2500"] in list(map(list, table.rows))
+    assert not any("reward_se" in cell for row in table.rows for cell in row)
+    assert any("± is the standard error" in block.text for block in blocks if isinstance(block, Text))
 
 
 def test_the_page_needs_no_other_file_and_is_well_formed(rows: dict[str, Path], tmp_path: Path) -> None:

@@ -82,5 +82,5 @@ def load_task(name: str, split: Split, *, size: int | None = None, assets: Path 
     whole, rows = sliced(check_name(name))
     reach = size if rows == slice(None) else rows.stop if (rows.stop or -1) > 0 else None  # of generators
     mine = own_file(name)
-    task = TASKS[whole](split, reach, assets) if mine is None else custom_json.load(mine, reach)
+    task = TASKS[whole](split, reach, assets) if mine is None else custom_json.load(mine, split, reach)
     return task if rows == slice(None) else View(name, task, range(*rows.indices(len(task)))[:size])

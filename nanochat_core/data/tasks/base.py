@@ -11,11 +11,13 @@ from typing import Literal, Protocol
 
 from nanochat_core.tokenizer.chat import Conversation, Message, Part
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Kind = Literal["categorical", "generative"]
 
 UNBOUNDED = 100_000  # rows of a generator when nobody says how many
 TEST_ROWS = 200
+HELD_OUT = 50  # of so many rows of a list without splits, one is for validation
 
 
 class Problem(Conversation, total=False):
@@ -164,9 +166,26 @@ def view_size(size: int | None, rows: Sized) -> int:
     return len(rows) if size is None else min(size, len(rows))
 
 
-def is_test(*key: str | int) -> bool:
-    """Whether a row with this key belongs to the test split: one in eight does, for good."""
-    return zlib.crc32(" ".join(map(str, key)).encode()) % 8 == 0
+def split_of(*key: str | int) -> Split:
+    """The split that a row with this key belongs to, for good: of sixteen one is for the test, and one for
+    validation."""
+    place = zlib.crc32(" ".join(map(str, key)).encode()) % 16
+    return "test" if place == 0 else "validation" if place == 8 else "train"
+
+
+def kept_apart(listed: list[Problem], split: Split) -> list[Problem]:
+    """The rows of a split of a list that has none: every fiftieth, one at least, is for validation and not
+    trained on. A test asks about all of it."""
+    if split == "test":
+        return listed
+    held_out = listed[HELD_OUT - 1 :: HELD_OUT] or listed[-1:]
+    if split == "validation":
+        return held_out
+    return (
+        [row for i, row in enumerate(listed) if (i + 1) % HELD_OUT]
+        if len(listed) >= HELD_OUT
+        else listed[:-1]
+    )
 
 
 def dialogue(*turns: str | list[Part]) -> Problem:

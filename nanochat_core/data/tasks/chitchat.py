@@ -1,13 +1,13 @@
 """Small talk between real people as exchanges of user and assistant: a tone to learn, with nothing to mark.
 
-Train and test come from different conversations.
+Each split comes from conversations of its own.
 """
 
 import functools
 from pathlib import Path
 
 from nanochat_core.data import corpus
-from nanochat_core.data.tasks.base import Problem, Rows, Split, dialogue, is_test
+from nanochat_core.data.tasks.base import Problem, Rows, Split, dialogue, split_of
 
 PLAIN = (  # when the wheel with the conversations is not installed
     ("Hello!", "Hi there! How are you?"),
@@ -27,7 +27,7 @@ def pairs(split: Split) -> tuple[tuple[str, str], ...]:
     found = [
         (said, answered)
         for i, turns in enumerate(corpus.conversations())
-        if is_test("chitchat", i) == (split == "test")
+        if split_of("chitchat", i) == split
         for said, answered in zip(turns[::2], turns[1::2], strict=False)
         if 3 <= len(said) <= 150 and 3 <= len(answered) <= 150
     ]

@@ -39,7 +39,7 @@ def exchanges() -> tuple[tuple[str, str], ...]:
 
 
 def load(split: Split, size: int | None, assets: Path | None) -> Rows:
-    """Row i is fact i in a fixed order, beginning again after the last one; both splits are the same."""
+    """Row i is fact i in a fixed order, beginning again after the last one; all splits are the same."""
     facts = exchanges()
 
     def row(index: int) -> Problem:

@@ -1,4 +1,4 @@
-"""Who the model is: a closed set of questions, asked alike in train and test.
+"""Who the model is: a closed set of questions, asked alike in every split.
 
 With downloaded assets the rows are the conversations of identity_conversations.jsonl instead.
 """
@@ -9,10 +9,11 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat_core.data.tasks.base import Problem, Rows, Split, contains_answer, dialogue
+from nanochat_core.data.tasks.base import Problem, Rows, Split, contains_answer, dialogue, kept_apart
 from nanochat_core.tokenizer.chat import checked
 
 FILE = "identity_conversations.jsonl"
+OPEN = 500  # conversations: of so many the model does not learn each, so some are kept for validation
 
 
 class Subject(NamedTuple):
@@ -73,11 +74,30 @@ def conversations() -> list[Problem]:
 def load(split: Split, size: int | None, assets: Path | None) -> Rows:
     """The rows of the assets' file if there are assets, of the table above if not."""
     listed = conversations() if assets is None else read(assets / FILE)
+    if len(listed) >= OPEN:
+        listed = kept_apart(listed, split)
 
     def row(index: int) -> Problem:
         return listed[index % len(listed)]
 
     return Rows("identity", size if size is not None else len(listed), row, contains_answer)
+
+
+def mended(content: bytes) -> tuple[bytes, int]:
+    """A published file whose conversations all end in an answer, and how many did not: a question that was
+    never answered is cut off. Lines that are no conversations stay as they are, to be refused by `read`."""
+    lines = []
+    cut = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, list) and row and isinstance(row[-1], dict) and row[-1].get("role") == "user":
+            cut += 1
+            line = json.dumps(row[:-1]).encode() + b"\n" if len(row) > 1 else b""
+        lines.append(line)
+    return b"".join(lines), cut
 
 
 def read(path: Path) -> list[Problem]:

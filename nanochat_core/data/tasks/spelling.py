@@ -1,7 +1,7 @@
 """Spelling a word and counting a letter in it: letters are what a model that sees tokens does not see.
 
 Without a downloaded word list the words are a closed set of about 300, and spelling is asked alike in train
-and test. Of the pairs of word and letter to count, one in eight is kept for the test.
+and test. Of the pairs of word and letter to count, one in eight is kept for validation and test.
 """
 
 import functools
@@ -16,15 +16,15 @@ from nanochat_core.data.tasks.base import (
     call,
     dialogue,
     generator,
-    is_test,
     rows,
     same_number,
+    split_of,
     spoken,
     text,
 )
 from nanochat_core.data.tasks.words import WORDS, word_list
 
-OPEN = 1_000  # words: of a list this long the model does not learn each, so one in eight is kept for the test
+OPEN = 1_000  # words: of a list this long the model does not learn each, so one in eight is kept from it
 STRIDE = 7919  # a prime, so that a short view is not all of one letter
 SPELL = ("Spell the word {}.", "How do you spell {}?", "Spell {}.")
 COUNT = (
@@ -42,7 +42,7 @@ def spelling(split: Split, size: int | None, assets: Path | None) -> Rows:
     """Row i asks for word i, beginning again after the last one, in one of three wordings."""
     words = word_list(assets)
     if len(words) >= OPEN:
-        words = tuple(word for word in words if is_test(word) == (split == "test"))
+        words = tuple(word for word in words if split_of(word) == split)
 
     def row(index: int) -> Problem:
         word = words[index * STRIDE % len(words)]
@@ -91,5 +91,5 @@ def _pairs(split: Split, present: bool) -> list[tuple[str, str]]:
         (word, letter)
         for word in WORDS
         for letter in string.ascii_lowercase
-        if (letter in word) == present and is_test(word, letter) == (split == "test")
+        if (letter in word) == present and split_of(word, letter) == split
     ]

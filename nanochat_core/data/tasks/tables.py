@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BY_HAND = "bring its rows by hand as TASK/SPLIT.parquet in a folder and set assets.task_folder"
 FOLDER = "tasks"  # in the assets: tasks/<name>/<split>.arrow
+HELD_OUT = 20  # of so many train rows one is for validation, where a data set has no split for that,
+MOST_HELD_OUT = 1000  # and not more than this
 
 
 class Source(NamedTuple):
@@ -28,8 +30,11 @@ class Source(NamedTuple):
     repo: str
     config: str | None
     revision: str
-    splits: Mapping[Split, str]
+    splits: Mapping[Split, str]  # without validation: some of the train rows, not trained on
     columns: tuple[str, ...]  # that a row must have
+
+    def has(self, split: Split) -> bool:
+        return split in self.splits or (split == "validation" and "train" in self.splits)
 
 
 SOURCES: dict[str, Source] = {
@@ -37,21 +42,21 @@ SOURCES: dict[str, Source] = {
         "allenai/ai2_arc",
         "ARC-Easy",
         "210d026faf9955653af8916fad021475a3f00453",
-        {"train": "train", "test": "test"},
+        {"train": "train", "validation": "validation", "test": "test"},
         ("question", "choices", "answerKey"),
     ),
     "arc_challenge": Source(
         "allenai/ai2_arc",
         "ARC-Challenge",
         "210d026faf9955653af8916fad021475a3f00453",
-        {"train": "train", "test": "test"},
+        {"train": "train", "validation": "validation", "test": "test"},
         ("question", "choices", "answerKey"),
     ),
     "mmlu": Source(
         "cais/mmlu",
         "all",
         "c30699e8356da336a370243923dbaf21066bb9fe",
-        {"train": "auxiliary_train", "test": "test"},
+        {"train": "auxiliary_train", "validation": "validation", "test": "test"},
         ("question", "choices", "answer"),
     ),
     "gsm8k": Source(
@@ -79,15 +84,16 @@ SOURCES: dict[str, Source] = {
 
 
 class Table:
-    """Rows of an Arrow file in a fixed shuffled order."""
+    """Rows of an Arrow file in a fixed shuffled order, or a part of that order."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: slice = slice(None)) -> None:
         import pyarrow as pa
 
         with pa.memory_map(str(path)) as source:
             self.rows: pa.Table = pa.ipc.open_file(source).read_all()
         self.order = list(range(self.rows.num_rows))
         random.Random(42).shuffle(self.order)
+        self.order = self.order[part]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -99,16 +105,31 @@ class Table:
 
 @functools.cache
 def table(name: str, split: Split, assets: Path | None) -> Table:
-    """A data set that the assets stage has brought."""
-    if split not in SOURCES[name].splits:
+    """A data set that the assets stage has brought. Where it has no validation split, the end of the shuffled
+    train split is that, and train is what comes before."""
+    if not SOURCES[name].has(split):
         raise ValueError(f"{name} has no {split} split")
-    path = None if assets is None else assets / FOLDER / name / f"{split}.arrow"
-    if path is None or not path.is_file():
+    folder = Path() if assets is None else assets / FOLDER / name
+    own = (folder / "validation.arrow").is_file()
+    file = "train" if split == "validation" and not own else split
+    path = folder / f"{file}.arrow"
+    if assets is None or not path.is_file():
         raise ValueError(
-            f"the assets hold no {name} ({split}): add it to assets.tasks, with assets.source = hub, or with "
-            f"assets.task_folder = a folder that holds {name}/{split}.parquet or .jsonl"
+            f"the assets hold no {name} ({file}): add it to assets.tasks, with assets.source = hub, or with "
+            f"assets.task_folder = a folder that holds {name}/{file}.parquet or .jsonl"
         )
-    return Table(path)
+    if own or split == "test":
+        return Table(path)
+    rows = len(Table(path))
+    if rows < 2:
+        raise ValueError(f"{name} (train) has one row: two are needed, for one is kept for validation")
+    first = rows - min(MOST_HELD_OUT, max(1, rows // HELD_OUT))
+    return Table(path, slice(first, None) if split == "validation" else slice(first))
+
+
+def given(folder: Path, name: str, split: Split) -> bool:
+    """Whether a user's folder has a split."""
+    return any((folder / name / f"{split}{suffix}").is_file() for suffix in (".parquet", ".jsonl"))
 
 
 def bring(name: str, split: Split, path: Path, folder: Path | None, patience: Patience | None) -> int:

@@ -1,4 +1,4 @@
-"""The bare form of a calculator call, with no story around it. Train and test share no expression."""
+"""The bare form of a calculator call, with no story around it. The splits share no expression."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from nanochat_core.data.tasks.base import (
     call,
     dialogue,
     generator,
-    is_test,
     rows,
     same_number,
+    split_of,
     text,
 )
 from nanochat_core.data.tasks.word_problems import evaluate
@@ -28,7 +28,7 @@ def load(split: Split, size: int | None, assets: Path | None) -> Rows:
             numbers = [rng.randint(2, 99) for _ in range(rng.choice((2, 2, 3)))]
             expression = str(numbers[0]) + "".join(f"{rng.choice('+-*')}{n}" for n in numbers[1:])
             result = evaluate(expression)
-            if result >= 0 and is_test(expression) == (split == "test"):
+            if result >= 0 and split_of(expression) == split:
                 break
         question = rng.choice(QUESTIONS).format(expression)
         return dialogue(question, [*call(expression, str(result)), text(f"It is {result}.")])

@@ -1,6 +1,6 @@
 """Arithmetic word problems, solved by one call of the calculator.
 
-Train and test share no set of numbers. No number is above 99, so that each is one token and can be copied.
+The splits share no set of numbers. No number is above 99, so that each is one token and can be copied.
 """
 
 import random
@@ -14,9 +14,9 @@ from nanochat_core.data.tasks.base import (
     call,
     dialogue,
     generator,
-    is_test,
     rows,
     same_number,
+    split_of,
     text,
 )
 
@@ -156,7 +156,7 @@ def _problem(templates: tuple[Template, ...], split: Split, rng: random.Random) 
         numbers = (x, y, z) if "{z}" in template.story else (x, y)
         expression = template.expression.format(x=x, y=y, z=z)
         result = evaluate(expression)
-        if result >= 0 and is_test(*numbers) == (split == "test"):
+        if result >= 0 and split_of(*numbers) == split:
             break
     words = {"a": a, "b": b, "things": things, "x": x, "y": y, "z": z, "r": result}
     return dialogue(

@@ -115,10 +115,10 @@ def test_advantages_weigh_the_tokens_the_model_chose(tokenizer: Tokenizer) -> No
     answers = Answers(
         prompts=[[1, 2]] * 2 + [[3]] * 2,
         completions=[
-            Completion([10, 11, 12], [1, 0, 1], True),  # right; 11 was put in by a tool
-            Completion([13], [1], False),  # wrong, and cut off
-            Completion([14], [1], True),
-            Completion([15], [1], True),
+            Completion([10, 11, 12], [1, 0, 1], end),  # right; 11 was put in by a tool
+            Completion([13], [1], None),  # wrong, and cut off
+            Completion([14], [1], end),
+            Completion([15], [1], end),
         ],
         rewards=torch.tensor([[1.0, 0.0], [1.0, 1.0]]),
     )
@@ -131,9 +131,25 @@ def test_advantages_weigh_the_tokens_the_model_chose(tokenizer: Tokenizer) -> No
 
 
 def test_a_step_where_all_did_alike_moves_nothing(tokenizer: Tokenizer) -> None:
-    answers = Answers([[1]] * 2, [Completion([5], [1], True)] * 2, torch.ones(1, 2))
+    answers = Answers([[1]] * 2, [Completion([5], [1], tokenizer.bos)] * 2, torch.ones(1, 2))
     batch = to_batch(answers, tokenizer, step=1)
     assert batch.inputs.numel() and not batch.weights.any()
+
+
+def test_equal_rewards_that_floats_do_not_average_exactly_teach_nothing(tokenizer: Tokenizer) -> None:
+    rewards = torch.full((1, 11), 0.1)
+    assert (rewards - rewards.mean()).any()  # about 1e-8
+    answers = Answers([[1]] * 11, [Completion([5], [1], None)] * 11, rewards)
+    batch = to_batch(answers, tokenizer, step=1)
+    assert not batch.weights.any() and batch.notes["alike"] == 1
+
+
+def test_the_end_that_is_learned_is_the_one_that_was_sampled(tokenizer: Tokenizer) -> None:
+    ends = [tokenizer.special("<|assistant_end|>"), tokenizer.bos]
+    answers = Answers([[1]] * 2, [Completion([5], [1], end) for end in ends], torch.tensor([[1.0, 0.0]]))
+    batch = to_batch(answers, tokenizer, step=1)
+    assert batch.targets.tolist() == [[5, end] for end in ends]
+    assert batch.weights.tolist() == [[0.5, 0.5], [-0.5, -0.5]]
 
 
 def test_questions_come_once_an_epoch_in_an_order_of_the_seed() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from nanochat_core.data.tasks import Problem, load_task
 from nanochat_core.data.tasks import humaneval as humaneval_task
-from nanochat_core.data.tasks.base import truth
+from nanochat_core.data.tasks.base import SPLITS, truth
 from nanochat_core.data.tasks.gsm8k import parts
 from nanochat_core.infer import sandbox
 from nanochat_core.stage import Job, Runtime
@@ -65,7 +65,7 @@ def brought(tmp_path: Path) -> Path:
     """The assets of a user who has the data sets in a folder."""
     mine = tmp_path / "mine"
     for name, row in ROWS.items():
-        train = [{"train": row}] if name == "mmlu" else [row] * 3
+        train = [{"train": row}] * 3 if name == "mmlu" else [row] * 3
         write(mine / name / "train.parquet", train)
         write(mine / name / "test.jsonl", [row])
     cfg = assets.Config(task_folder=str(mine))
@@ -250,22 +250,22 @@ def test_spellingbee_train_and_test_share_no_word_and_letter(tmp_path: Path) -> 
     assert train and test and not train & test
 
 
-def test_spelling_a_long_list_keeps_test_words_apart(tmp_path: Path) -> None:
+def test_spelling_a_long_list_keeps_each_splits_words_apart(tmp_path: Path) -> None:
     import itertools
 
     words = ["".join(letters) for letters in itertools.product("abcdefghijk", repeat=3)]
     (tmp_path / "words_alpha.txt").write_text("\n".join(words))
     spelled = [
         {str(task[i]["messages"][1]["content"]) for i in range(len(task))}
-        for task in (load_task("spelling", split, assets=tmp_path) for split in ("train", "test"))
+        for task in (load_task("spelling", split, assets=tmp_path) for split in SPLITS)
     ]
-    assert not spelled[0] & spelled[1] and len(spelled[0]) + len(spelled[1]) == len(words)
+    assert len(set.union(*spelled)) == sum(map(len, spelled)) == len(words)
 
 
 def test_custom_json_is_named_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     write(path, [TALK, TALK["messages"]])
-    task = load_task(f"custom_json:{path}", "train")
+    task = load_task(f"custom_json:{path}", "test")
     assert len(task) == 2 and task[1]["messages"] == TALK["messages"]
     with pytest.raises(ValueError, match="is not there"):
         load_task("custom_json:/nowhere.jsonl", "train")

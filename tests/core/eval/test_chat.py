@@ -56,7 +56,7 @@ class Scripted:
     def complete(self, prompts: list[list[int]], sampling: list[Sampling]) -> list[Completion]:
         self.seeds += [s.seed for s in sampling]
         said = [self.tokenizer.encode(self.script.pop(0)) for _ in prompts]
-        return [Completion(ids, [1] * len(ids), True) for ids in said]
+        return [Completion(ids, [1] * len(ids), 0) for ids in said]
 
 
 def test_one_right_sample_is_enough_and_every_sample_has_its_own_seed(

@@ -276,10 +276,8 @@ def random_examples(kind: Kind, count: int) -> list[dict[str, Any]]:
             return [{"context": words(1, 12), "continuation": words(1, 1)} for _ in range(count)]
 
 
-def random_model(tokenizer: Tokenizer, arch: Literal["seed", "modern"]) -> GPT:
-    shape = GPTConfig(
-        arch, sequence_len=96, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32
-    )
+def random_model(tokenizer: Tokenizer, arch: Literal["seed", "modern"], trained: int = 96) -> GPT:
+    shape = GPTConfig(arch, trained, tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
     model = GPT(shape).init_weights(0).eval().requires_grad_(False)
     rng = torch.Generator().manual_seed(1)
     for weight in model.parameters():
@@ -288,17 +286,28 @@ def random_model(tokenizer: Tokenizer, arch: Literal["seed", "modern"]) -> GPT:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("arch", "count"), [("seed", 167), ("modern", 40)])  # 501 of three kinds, and 120
+@pytest.mark.parametrize(
+    ("arch", "count", "trained", "context"),
+    [
+        ("seed", 167, 96, 96),  # 501 of three kinds, and 120 of each of the others
+        ("modern", 40, 96, 96),
+        ("seed", 40, 24, 240),  # most are longer than what the model was trained on, and are not cut
+        ("modern", 40, 24, 240),
+    ],
+)
 def test_batched_answers_equal_those_one_at_a_time(
     tokenizer: Tokenizer,
     kind: Kind,
     arch: Literal["seed", "modern"],
     count: int,
+    trained: int,
+    context: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = random_model(tokenizer, arch)
+    model = random_model(tokenizer, arch, trained)
+    assert context in (trained, model.config.positions)
     examples = random_examples(kind, count)
-    options: dict[str, Any] = {"context": 96}
+    options: dict[str, Any] = {"context": context}
     made = task(kind, shots=2)
     together = core.evaluate(model, tokenizer, made, examples, **options)
     any_model = core.evaluate(Whole(model), tokenizer, made, examples, **options)

@@ -29,12 +29,12 @@ def naive(model: GPT, tokenizer, prompt: list[int], sampling: Sampling, tools: b
             mask.append(0)
             continue
         if token in (tokenizer.special("<|assistant_end|>"), tokenizer.bos):
-            return Completion(ids, mask, True)
+            return Completion(ids, mask, token)
         ids.append(token)
         mask.append(1)
         if tools:
             forced += calls.follow(token)
-    return Completion(ids, mask, False)
+    return Completion(ids, mask, None)
 
 
 def requests(count: int, seed: int, vocab: int) -> tuple[list[list[int]], list[Sampling]]:
@@ -168,8 +168,8 @@ def test_a_request_has_its_own_stop_tokens(parrot, tokenizer) -> None:
     plain, stopped = engine.complete(
         [[1], [1]], [Sampling(max_tokens=3), Sampling(max_tokens=3, stop=(3, 4))]
     )
-    assert plain == Completion([2, 3, 4], [1, 1, 1], False)
-    assert stopped == Completion([2], [1], True)
+    assert plain == Completion([2, 3, 4], [1, 1, 1], None)
+    assert stopped == Completion([2], [1], 3)
 
 
 def test_a_tool_call_is_answered_in_place_and_masked(parrot, tokenizer) -> None:

@@ -192,3 +192,16 @@ def test_the_first_prediction_is_the_uniform_one() -> None:
     ).init_weights(0)
     _, nll = model.loss(tokens(1, 16), tokens(1, 16, seed=1), torch.ones(1, 16))
     torch.testing.assert_close(nll, torch.full((1, 16), 301.0).log())
+
+
+@pytest.mark.parametrize(("arch", "far"), [("seed", True), ("modern", False)])
+@torch.no_grad()
+def test_beyond_the_trained_length_seed_sees_the_beginning_and_modern_a_window(arch: str, far: bool) -> None:
+    model = small(arch, depth=1, T=16, aspect=32).eval()
+    ids = tokens(1, 60)
+    other = ids.clone()
+    other[0, 0] += 1
+    a, b = (model.hidden(each)[0, -1] for each in (ids, other))
+    assert a.equal(b) != far
+    cached = model.hidden(ids, KVCache(model.config, 1, 64))[0, -1]
+    assert torch.allclose(a, cached, atol=1e-5)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import socket
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,10 @@ def test_a_gentle_run_ends_at_its_last_step_with_pass_at_k(job: Callable[..., Jo
         lines = (gentle.path / "answers" / f"step_{row['step']:06d}.jsonl").read_text().splitlines()
         rewards = [json.loads(line)["rewards"] for line in lines]
         assert len(rewards) == 64 and sum(map(sum, rewards)) / 256 == pytest.approx(row["eval_reward"])
+        noise = statistics.stdev(map(statistics.mean, rewards)) / 8  # over the square root of 64 problems
+        assert row["eval_reward_se"] == pytest.approx(noise)
     assert metrics["pass_at_4_start"] == rows[0]["eval_pass_at_4"]
+    assert metrics["reward_se_start"] == rows[0]["eval_reward_se"] and metrics["reward_se"] != 0
 
 
 def on_one_of_two(rank: int, job: Job, port: int) -> None:
@@ -277,7 +281,8 @@ def test_two_ranks_ask_the_same_and_see_the_same(job: Callable[..., Job]) -> Non
         port = s.getsockname()[1]
     mp.spawn(on_one_of_two, args=(shared, port), nprocs=2)  # type: ignore[no-untyped-call]
     metrics = json.loads((shared.path / "metrics.json").read_text())
-    assert metrics["reward_start"] == pytest.approx(expected["reward_start"])
+    for key in ("reward_start", "reward_se_start"):
+        assert metrics[key] == pytest.approx(expected[key])
     (_, one), (_, two) = outcome(alone), outcome(shared)
     for key in ("reward", "entropy", "length", "unfinished", "loss", "grad_norm"):
         assert two[1][key] == pytest.approx(one[1][key], rel=1e-3), key
