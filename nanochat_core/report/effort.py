@@ -122,7 +122,9 @@ def when(rows: Mapping[str, Finished]) -> str:
         for event in row.attempts
         if event["event"] == "started"
     ]
-    return f"{min([*starts, *ends]):%Y-%m-%d %H:%M} to {max(ends):%Y-%m-%d %H:%M} UTC"
+    begin, end = min([*starts, *ends]), max(ends)
+    until = f"{end:%H:%M}" if begin.date() == end.date() else f"{end:%Y-%m-%d %H:%M}"
+    return f"{begin:%Y-%m-%d %H:%M} to {until} UTC"
 
 
 def speed(row: Finished) -> str:

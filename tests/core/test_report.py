@@ -12,7 +12,7 @@ from nanochat_core.progress import headline
 from nanochat_core.published import CORE_TASKS, D20
 from nanochat_core.report.collect import published_blocks, summary
 from nanochat_core.report.curves import TICKS, draw, machine_panels, panels
-from nanochat_core.report.effort import energy
+from nanochat_core.report.effort import energy, when
 from nanochat_core.report.pages import Text
 
 
@@ -118,6 +118,9 @@ def test_the_report_says_when_and_how_fast_it_ran(rows: dict[str, Path]) -> None
     assert text.count("2026-11-22 00:00 to 2026-11-24 09:05 UTC") == 2
     assert re.search(r"\| stage \| time \| attempts \| energy \| TFLOP/s \|", text)
     assert re.search(r"\| pretrain \| .* \| 41.3 \|", text)
+    assert when({"sft": report.read_finished(rows["sft"])}).endswith("2026-11-24 09:05 UTC")
+    (rows["sft"] / "attempts.jsonl").write_text("")
+    assert when({"sft": report.read_finished(rows["sft"])}) == "2026-11-24 09:05 to 09:05 UTC"
     assert re.search(r"\| versions \| .*prefect 3\.", text)
 
 
