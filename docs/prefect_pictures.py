@@ -1,4 +1,4 @@
-"""Takes the pictures of Prefect's UI in docs/prefect/ while a real run is at work, and of its report.
+"""Takes the pictures of Prefect's UI in docs/prefect/ while a real run is at work.
 
     uv run python docs/prefect_pictures.py [--profile tiny] [--out docs/prefect]
 
@@ -68,9 +68,6 @@ def main() -> None:
             print(machine.state(run)["name"])
             settled(page, f"{machine.api.removesuffix('/api')}/runs/flow-run/{run}")
             page.screenshot(path=options.out / "done.png")
-            report = next((machine.base / "report").glob("*/report.html"))
-            page.goto(report.as_uri())
-            page.screenshot(path=options.out / "report.png", full_page=True)
             browser.close()
     finally:
         machine.down()

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import pwd
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from nanochat_core.edges import SLEEP
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "deployments" / "nanochat.service"
 SYSTEM = Path("/etc/systemd/system")
+# A run's mirror and downloads want the network, and a router starts after the same power cut.
+ORDER = "Wants=network-online.target\nAfter=network-online.target time-sync.target"
 
 
 class Step(NamedTuple):
@@ -36,6 +39,9 @@ def unit(base_dir: Path, port: int, *, system: bool, user: str) -> str:
         "@ROOT@": str(ROOT),
         "@BASE@": str(base_dir),
         "@COMMAND@": " ".join(f'"{word}"' if " " in word else word for word in command),
+        "@ORDER@": ORDER
+        if system
+        else "# a user's systemd knows no network target; what wants the network tries again",
         "@USER@": f"User={user}" if system else "# it runs as whoever installs it",
         "@TARGET@": "multi-user.target" if system else "default.target",
     }
@@ -110,10 +116,10 @@ def install(found: Sequence[Step], say: Callable[[str], object]) -> None:
             raise ValueError(f"{shlex.join(step.command)}: {said[-1]}; put that right and run this again")
 
 
-def whom(system: bool, user: str | None) -> str:
+def whom(system: bool, user: str | None, *, only_show: bool = False) -> str:
     """Who the services run as; never root, unless that is asked for by name."""
     found = user or (os.environ.get("SUDO_USER") if system else None) or getpass.getuser()
-    if system and os.geteuid() != 0:
+    if system and os.geteuid() != 0 and not only_show:
         raise ValueError(
             "a system unit is installed by root (sudo, with this command's path); or leave --system out"
         )
@@ -122,3 +128,29 @@ def whom(system: bool, user: str | None) -> str:
             "the services should not run as root: name who they run as with --user-name, or say root there"
         )
     return found
+
+
+def homed(base_dir: Path, user: str) -> Path:
+    """The base directory with `~` as the user's home: root, who installs for somebody, has another."""
+    if base_dir.parts[:1] != ("~",):
+        return base_dir
+    return Path(account(user).pw_dir).joinpath(*base_dir.parts[1:])
+
+
+def handed_over(base_dir: Path, user: str, make: Callable[[Path], Path]) -> Path:
+    """The base directory, made by `make`; what was not there before belongs to the user, not to root."""
+    owner = account(user)
+    new = [path for path in (base_dir, *base_dir.parents) if not path.exists()]
+    made = make(base_dir)
+    for path in new:
+        os.chown(path, owner.pw_uid, owner.pw_gid)
+    if subprocess.run(["runuser", "-u", user, "--", "test", "-w", str(made)]).returncode:
+        raise ValueError(f"{user} cannot write to {made}: chown it, or choose another with --base-dir")
+    return made
+
+
+def account(user: str) -> pwd.struct_passwd:
+    try:
+        return pwd.getpwnam(user)
+    except KeyError:
+        raise ValueError(f"there is no user {user} on this machine; name one with --user-name") from None

@@ -18,7 +18,7 @@ from flows.examine import examine
 from flows.published import publish_report
 from flows.recovery import default_base_dir, present
 from flows.watch import Cancellation, Watch
-from nanochat_core import inputs
+from nanochat_core import inputs, nodes
 from nanochat_core import plan as plans
 from nanochat_core.copies import following
 from nanochat_core.last_words import log_tail
@@ -73,6 +73,7 @@ def speedrun(
     token = request.get() or str(runtime.flow_run.id)
     verdicts = plans.explain(plan)
     refuse_cost(plan, verdicts, token, accept_cost)
+    nodes.refuse_loopback(plan.runtime)
     plans.remember(plan)
     log, screen = get_run_logger(), terminal.get()
     if plan.runtime.preflight and any(verdict.state != "hit" for verdict in verdicts.values()):

@@ -5,13 +5,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from nanochat_core.launch import environment, stop
-from nanochat_core.nodes import ANSWER, called, heard
+from nanochat_core.nodes import ANSWER, called, heard, unanswered
 
 POLL_SECONDS = 2.0
+PATIENCE = 10  # looks at a call that nobody answers: a first machine that starts up takes some seconds
 
 
 def join(base_dir: Path, tell: Callable[[str], None]) -> None:
@@ -19,8 +21,17 @@ def join(base_dir: Path, tell: Callable[[str], None]) -> None:
     log = base_dir / "nodes" / f"{socket.gethostname()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     done = ""
+    missed: Counter[str] = Counter()
     while True:
         call = heard(base_dir)
+        if call is None and (silent := unanswered(base_dir)) is not None:
+            missed[silent["id"]] += 1
+            if missed[silent["id"]] == PATIENCE:
+                tell(
+                    f"a call names {silent['endpoint']}, which does not answer: if a run waits there, a "
+                    "firewall is between, or that name is another machine's here; on the first machine set "
+                    "runtime.rendezvous to an address of its own that this one reaches"
+                )
         if call is None or call["id"] == done:
             time.sleep(POLL_SECONDS)
             continue

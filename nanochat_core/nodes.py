@@ -5,6 +5,7 @@ rendezvous; each other one (`nanochat join`) answers whatever is called, stage a
 to stop. Which machine gets rank 0 is torchrun's affair.
 """
 
+import ipaddress
 import json
 import os
 import socket
@@ -26,6 +27,39 @@ def call_path(base_dir: Path) -> Path:
     return base_dir / "locks" / "call.json"
 
 
+def endpoint(runtime: Runtime) -> str:
+    """HOST:PORT where the machines of a run meet."""
+    return runtime.rendezvous or f"{socket.gethostname()}:{PORT}"
+
+
+def refuse_loopback(runtime: Runtime) -> None:
+    """A name that leads back to this machine is refused before any work: the others would never arrive, and
+    Ubuntu's /etc/hosts gives a machine's own name 127.0.1.1. A loopback address that is written as one is
+    meant (all "machines" are this one)."""
+    host = endpoint(runtime).rpartition(":")[0]
+    if runtime.nnodes == 1 or is_address(host):
+        return
+    remedy = "set runtime.rendezvous=ADDRESS:PORT to one of its own that the others reach"
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET)}
+    except OSError as error:
+        raise ValueError(
+            f"the machines cannot meet at {host}, which has no address here ({error}); {remedy}"
+        ) from None
+    if any(ipaddress.ip_address(one).is_loopback for one in found):
+        raise ValueError(
+            f"the machines cannot meet at {host}, which is {min(found)}: this machine to itself; {remedy}"
+        )
+
+
+def is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def torchrun(job: Path, runtime: Runtime) -> list[str]:
     """The words after `torchrun` for this machine's part of a stage; the first machine also calls the
     others."""
@@ -40,7 +74,7 @@ def torchrun(job: Path, runtime: Runtime) -> list[str]:
             "format": store.FORMAT,
             "base_dir": str(runtime.base_dir),
             "job": str(job.relative_to(runtime.base_dir)),
-            "endpoint": runtime.rendezvous or f"{socket.gethostname()}:{PORT}",
+            "endpoint": endpoint(runtime),
             "id": f"{job.parent.parent.name}-{job.parent.name}-{time.time_ns()}",  # each attempt has its own
         }
         store.write_json(call_path(runtime.base_dir), call)
@@ -76,6 +110,16 @@ def called(base_dir: Path) -> dict[str, Any] | None:
         return dict(json.loads(call_path(base_dir).read_text()))
     except (OSError, ValueError):
         return None
+
+
+def unanswered(base_dir: Path) -> dict[str, Any] | None:
+    """The last call, if its stage is still to be made: where nobody answers at its rendezvous, somebody may
+    be waiting in vain."""
+    call = called(base_dir)
+    if call is None:
+        return None
+    job = base_dir / call["job"]
+    return call if job.exists() and not (job.parent / "result.json").exists() else None
 
 
 def heard(base_dir: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
+from nanochat_core.published import core_name
 from nanochat_core.stage import Metrics
 
 Row = Mapping[str, Any]
@@ -15,7 +16,7 @@ Row = Mapping[str, Any]
 HEADLINES: tuple[tuple[str, str], ...] = (
     ("reward", "reward {:.3f}"),
     ("chatcore", "ChatCORE {:.3f}"),
-    ("core", "CORE {:.3f}"),
+    ("core", "{name} {:.3f}"),
     ("val_bpb", "{:.3f} bits/byte"),
     ("bytes_per_token", "{:.2f} bytes/token"),
     ("documents", "{:,.0f} documents"),
@@ -29,7 +30,7 @@ def headline(metrics: Metrics) -> str:
     for key, form in HEADLINES:
         value, start = metrics.get(key), metrics.get(f"{key}_start")
         if isinstance(value, int | float):
-            text = form.format(value)
+            text = form.format(value, name=core_name(metrics))
             if isinstance(start, int | float):
                 number = f"{value:.3f}"
                 text = text.replace(number, f"{start:.3f} -> {number}")

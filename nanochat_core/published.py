@@ -1,8 +1,41 @@
 """Numbers that others have published for these recipes, and from where: what a run is set beside."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+# What CORE is the mean of (https://arxiv.org/abs/2406.11794); over others it is another number.
+CORE_TASKS = frozenset(
+    {
+        "agi_eval_lsat_ar",
+        "arc_challenge",
+        "arc_easy",
+        "bigbench_cs_algorithms",
+        "bigbench_dyck_languages",
+        "bigbench_language_identification",
+        "bigbench_operators",
+        "bigbench_qa_wikidata",
+        "bigbench_repeat_copy_logic",
+        "boolq",
+        "commonsense_qa",
+        "copa",
+        "coqa",
+        "hellaswag",
+        "hellaswag_zeroshot",
+        "jeopardy",
+        "lambada_openai",
+        "openbook_qa",
+        "piqa",
+        "squad",
+        "winograd",
+        "winogrande",
+    }
+)
 GPT2_CORE = 0.256525  # GPT-2 1.5B, 2019, by the same 22 tasks
+
+
+def core_name(tasks: Iterable[str]) -> str:
+    """What the mean over these tasks may be called."""
+    return "CORE" if set(tasks) >= CORE_TASKS else "CORE (own tasks)"
 
 
 class Published(NamedTuple):

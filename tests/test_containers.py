@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from flows import services
+from nanochat_core import store
 from nanochat_core.plan import profile_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +94,38 @@ def test_a_service_is_watched_and_started_again(name: str) -> None:
         )
 
 
+def test_what_is_run_beside_a_service_gets_the_secrets_too() -> None:
+    """`docker compose exec` does not go through the image's entrypoint, which is what reads them."""
+    (declared,) = [json.loads(rest) for word, rest in stages()["base"] if word == "ENTRYPOINT"]
+    found = []
+    for folder in ("README.md", "docs/*.md", "docker/*", "deployments/*", "deployments/*/*"):
+        for path in ROOT.glob(folder):
+            if path.is_file():
+                found += re.findall(r"docker compose .*?exec \S+ (\S+)", path.read_text())
+    assert len(found) > 1 and set(found) == set(declared)
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock is not here")
+def test_a_worker_is_healthy_while_its_supervisor_holds_the_lock_and_only_then(tmp_path: Path) -> None:
+    kind, script = COMPOSE["services"]["worker"]["healthcheck"]["test"]
+    assert kind == "CMD-SHELL"
+
+    def healthy() -> bool:
+        return subprocess.run(["sh", "-c", script.replace("/data", str(tmp_path))]).returncode == 0
+
+    assert not healthy()  # nothing has begun: there is not even the folder
+    lock = services.folder(tmp_path) / "supervisor.lock"
+    lock.parent.mkdir(parents=True)
+    assert not healthy()
+    with store.locked(lock):
+        assert healthy()
+    assert lock.exists() and not healthy()
+
+
+def test_ranks_on_several_gpus_have_shared_memory_to_meet_in() -> None:
+    assert CUDA["services"]["worker"]["shm_size"] == "8gb"
+
+
 def test_ports_are_published_on_this_machine_only() -> None:
     published = [str(port) for service in COMPOSE["services"].values() for port in service.get("ports", [])]
     assert published == ["127.0.0.1:4200:4200", "127.0.0.1:8000:8000"]
@@ -119,9 +154,14 @@ def test_names_refer_to_what_is_declared() -> None:
 
 
 def test_a_profile_that_is_named_exists() -> None:
+    kubernetes = yaml.safe_load((ROOT / "deployments" / "kubernetes" / "prefect.yaml").read_text())
+    names = {
+        deployment["name"]: deployment["parameters"]["profile"] for deployment in kubernetes["deployments"]
+    }
+    names |= {name: name for name in profile_names()}
     for path in ("docker/compose.yaml", "deployments/kubernetes/README.md", "docs/scale-out.md"):
         for name in re.findall(r"speedrun/([a-z0-9-]+)", (ROOT / path).read_text()):
-            assert name in profile_names(), f"{path} names {name}"
+            assert names.get(name) in profile_names(), f"{path} names {name}"
 
 
 def entrypoint(tmp_path: Path, secrets: dict[str, str], *words: str) -> "subprocess.CompletedProcess[str]":

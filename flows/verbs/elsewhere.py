@@ -43,20 +43,24 @@ def mirror(
         raise ValueError("there is no mirror: name one with --to, NANOCHAT_MIRROR or runtime.mirror")
     copies = Copies(held, plan.jobs, plan.runtime.base_dir, say)
     here = copies.lacking()
+    if not here:
+        make = command("run", profile, set_, None, until, base_dir)
+        raise ValueError(
+            f"nothing of this run is in {plan.runtime.base_dir}, so nothing was sent; make it: {make}"
+        )
     try:
         sent = copies.round()
     except Exception as error:  # each driver has exceptions of its own
         lacking = ", ".join(copies.lacking())
         say(f"error: {held.url} cannot be written: {reason(error)}; it lacks {lacking}")
         raise typer.Exit(1) from None
-    table(
-        ["stage", "here", ""],
-        [
-            [name, mark.split()[0], "sent" if name in sent else "was there"]
-            for name, mark in here.items()
-            if name in copies.sent
-        ],
-    )
+    held_back = [name for name in here if name not in copies.sent]
+    words = {name: "sent" if name in sent else "was there" for name in here}
+    words |= dict.fromkeys(held_back, "damaged here, so not sent")
+    table(["stage", "here", ""], [[name, mark.split()[0], words[name]] for name, mark in here.items()])
+    if held_back:
+        say(f"next: {command('verify', profile, set_, None, until, base_dir)}", out=sys.stdout)
+        raise typer.Exit(1)
     on = command("run", profile, [*(set_ or []), f"runtime.mirror={held.url}"], None, until, HOME)
     say(f"next: on another machine: {on}", out=sys.stdout)
 

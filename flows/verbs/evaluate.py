@@ -32,6 +32,7 @@ def core(
     name = named_model(root, model or "pretrain")
 
     from nanochat_core.eval import bench
+    from nanochat_core.published import core_name
 
     where = root / "core" if out is None else out.expanduser()
     done = bench.core_of(name, files, where, device, max_per_task, say, out is None)
@@ -44,7 +45,8 @@ def core(
         print(json.dumps(document, indent=1))
         return
     rows = [[s.label, str(s.examples), f"{s.accuracy:.4f}", f"{s.centered:.4f}"] for s in done.scores]
-    table(["task", "examples", "accuracy", "centered"], [*rows, ["CORE", "", "", f"{done.core:.4f}"]])
+    name_of_mean = core_name(s.label for s in done.scores)
+    table(["task", "examples", "accuracy", "centered"], [*rows, [name_of_mean, "", "", f"{done.core:.4f}"]])
     print(f"answers: {done.directory}")
     print(f"what the run's own model came to: {with_base('nanochat report', base_dir)}")
 

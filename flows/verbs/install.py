@@ -18,10 +18,13 @@ def install_services(
     base_dir: BaseDir = HOME,
 ) -> None:
     """Have systemd start the Prefect server, the worker and the reconciler at boot; each step is shown."""
-    from flows.install import install, show, steps, whom
+    from flows.install import handed_over, homed, install, show, steps, whom
 
-    user = user_name or "you" if dry_run and system else whom(system, user_name)
-    found = steps(resolved(base_dir) if dry_run else usable(base_dir), port, system=system, user=user)
+    user = whom(system, user_name, only_show=dry_run)
+    root = resolved(homed(base_dir, user) if system else base_dir)
+    if not dry_run:
+        root = handed_over(root, user, usable) if system else usable(root)
+    found = steps(root, port, system=system, user=user)
     if dry_run:
         show(found, print)
         say("nothing was done; next: the same without --dry-run", out=sys.stdout)

@@ -42,12 +42,14 @@ def run(
     from flows import server
     from nanochat_core.copies import following
     from nanochat_core.launch import StageFailed, made_by
+    from nanochat_core.nodes import refuse_loopback
     from nanochat_core.plan import explain, remember
     from nanochat_core.stage import Interrupted
 
     plan = load_plan(profile, set_, rerun, until, usable(base_dir))
     verdicts = explain(plan)
     guard_cost(plan, verdicts, yes)
+    refuse_loopback(plan.runtime)
     token = str(uuid.uuid4())
     try:
         if all(verdict.state == "hit" for verdict in verdicts.values()) and not server.configured():
@@ -86,6 +88,7 @@ def stage(
     """Run one stage without Prefect; what it reads and is not there is made first."""
     from nanochat_core.copies import following
     from nanochat_core.launch import StageFailed, launch, result_of
+    from nanochat_core.nodes import refuse_loopback
     from nanochat_core.plan import explain, needed, remember
     from nanochat_core.progress import Terminal
     from nanochat_core.stage import Interrupted
@@ -96,6 +99,7 @@ def stage(
     verdicts = explain(plan)
     rows = needed(plan, name, verdicts)
     guard_cost(plan, {row: verdicts[row] for row in rows}, yes)
+    refuse_loopback(plan.runtime)
     remember(plan)
     terminal, token = Terminal(), str(uuid.uuid4())
     again = f"nanochat stage {name} {profile}" + options(set_, None, None, base_dir)

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nanochat_core.progress import count, span
-from nanochat_core.published import D20
+from nanochat_core.published import D20, core_name
 from nanochat_core.report.curves import curve_svg, read_rows
-from nanochat_core.report.effort import effort_blocks, whole
+from nanochat_core.report.effort import effort_blocks, when, whole
 from nanochat_core.report.pages import Block, Curve, Quote, Report, Table, Text, number, signed
 from nanochat_core.report.rows import Finished, read_finished, read_lines
 from nanochat_core.stage import Metrics
@@ -21,8 +21,15 @@ MEASURES = {
     "loss": "loss",
     "chatcore": "ChatCORE",
     "chatcore_5": "ChatCORE without SpellingBee",
-    "core": "CORE",
 }
+NO_TASKS = (
+    "chatcore",
+    "chatcore_5",
+    "core",
+    "val_bpb",
+    "reward",
+    "reward_se",
+)  # what stands beside the tasks
 
 
 def collect(inputs: Mapping[str, Path], *, samples: int = 3) -> Report:
@@ -38,7 +45,7 @@ def collect(inputs: Mapping[str, Path], *, samples: int = 3) -> Report:
     sections.append(("Beside published runs", published_blocks(rows, metrics)))
     core = core_table(rows)
     if core:
-        sections.append(("CORE, task by task", core))
+        sections.append((f"{measure('core', metrics)}, task by task", core))
     curves = [
         Curve(name, svg)
         for name, row in rows.items()
@@ -90,13 +97,16 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
                 lines.append([name, MEASURES.get(key, key), *shown, signed(value - start)])
     scores = [(model, metrics[f"{model}/chatcore"]) for model in MODELS if f"{model}/chatcore" in metrics]
     before: float | None = None
-    for model, score in scores:
+    others = False
+    for i, (model, score) in enumerate(scores):
         assert isinstance(score, int | float)
+        if i and tasks_of(metrics, scores[i - 1][0]) != tasks_of(metrics, model):
+            others, before = True, None
         gain = signed(score - before) if before is not None else ""
         lines.append([model, "ChatCORE", number(before), number(score), gain])
         before = score
     if "base/core" in metrics:
-        lines.append(["base", "CORE", "", number(metrics["base/core"]), ""])
+        lines.append(["base", measure("core", metrics), "", number(metrics["base/core"]), ""])
     blocks: list[Block] = []
     if "base/params" in metrics:
         size = f"A model of {count(float(metrics['base/params'] or 0))} parameters"
@@ -106,7 +116,10 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
             else ""
         )
         blocks.append(
-            Text(f"{size}{seen}, in {span(sum(row.result['seconds'] for row in rows.values()))} of work.")
+            Text(
+                f"{size}{seen}, in {span(sum(row.result['seconds'] for row in rows.values()))} of work "
+                f"({when(rows)})."
+            )
         )
     blocks += [
         Text(f"{name} {row.metrics['stopped']}.") for name, row in rows.items() if "stopped" in row.metrics
@@ -116,6 +129,8 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
         blocks.append(Table(["stage", "measure", "before", "after", "change"], lines, names=2))
         noise = " What follows ± is the standard error over the problems asked." if noisy else ""
         blocks.append(Text(f"Of bits per byte and loss less is better, of everything else more.{noise}"))
+    if others:
+        blocks.append(Text("A ChatCORE over other tasks than the one before it is not set beside that."))
     return blocks
 
 
@@ -126,25 +141,38 @@ def _with_noise(metrics: Metrics, key: str, end: str) -> str:
     return shown if spread is None else f"{shown} ± {number(spread)}"
 
 
+def measure(key: str, metrics: Metrics) -> str:
+    """A measure as people call it; `metrics` are by their public names."""
+    return core_name(tasks_of(metrics, "base")) if key == "core" else MEASURES.get(key, key)
+
+
+def tasks_of(metrics: Metrics, model: str) -> set[str]:
+    """The tasks that a model was given."""
+    keys = {key.partition("/")[2] for key in metrics if key.startswith(f"{model}/")}
+    return {
+        key for key in keys if key not in NO_TASKS and not key.endswith("_start") and "_pass_at_" not in key
+    }
+
+
 def task_table(metrics: Metrics) -> list[Block]:
     """What each model can do: its text, its tasks, ChatCORE; the gain is from the first one measured to the
-    last."""
+    last, and of ChatCORE only if both were over the same tasks."""
     chat = [model for model in MODELS if f"{model}/chatcore" in metrics]
     models = [model for model in MODELS if model in chat or f"{model}/core" in metrics]
     tasks = dict.fromkeys(
         key.partition("/")[2] for model in chat for key in metrics if key.startswith(f"{model}/")
     )
-    hidden = ("chatcore", "chatcore_5", "val_bpb", "reward", "reward_se")
-    kept = [task for task in tasks if task not in hidden and not task.endswith("_start")]
+    kept = [task for task in tasks if task not in NO_TASKS and not task.endswith("_start")]
     wanted = ["core", "val_bpb"] if "base" in models else []
     lines = []
     for task in [*wanted, *kept, *(["chatcore_5", "chatcore"] if chat else [])]:
         owners = ["base"] if task in ("core", "val_bpb") else chat
         values = [metrics.get(f"{model}/{task}") if model in owners else None for model in models]
         known = [value for value in values if isinstance(value, int | float)]
-        gain = signed(known[-1] - known[0]) if len(known) > 1 else ""
+        same = task != "chatcore" or tasks_of(metrics, chat[0]) == tasks_of(metrics, chat[-1])
+        gain = signed(known[-1] - known[0]) if len(known) > 1 and same else ""
         if known:
-            lines.append([MEASURES.get(task, task), *(number(value) for value in values), gain])
+            lines.append([measure(task, metrics), *(number(value) for value in values), gain])
     return [Table(["task", *(model.upper() for model in models), "gain"], lines)] if lines else []
 
 
@@ -161,7 +189,7 @@ def published_blocks(rows: Mapping[str, Finished], metrics: Metrics) -> list[Blo
         ]
     keys = [key for key in dict.fromkeys(key for run in D20 for key in run.numbers) if key in metrics]
     lines = [
-        [f"{key.partition('/')[0].upper()} {MEASURES.get(key.partition('/')[2], key.partition('/')[2])}",
+        [f"{key.partition('/')[0].upper()} {measure(key.partition('/')[2], metrics)}",
          number(metrics[key]), *(number(run.numbers.get(key)) for run in D20)]
         for key in keys
     ]  # fmt: skip
@@ -175,7 +203,11 @@ def published_blocks(rows: Mapping[str, Finished], metrics: Metrics) -> list[Blo
 def core_table(rows: Mapping[str, Finished]) -> list[Block]:
     measured = rows["base_eval"].metrics if "base_eval" in rows else {}
     lines = [
-        [MEASURES.get(key, key), number(measured.get(f"{key}_accuracy")), number(value)]
+        [
+            core_name(measured) if key == "core" else key,
+            number(measured.get(f"{key}_accuracy")),
+            number(value),
+        ]
         for key, value in measured.items()
         if isinstance(value, int | float) and not key.endswith("_accuracy")
     ]
@@ -230,6 +262,7 @@ def provenance_blocks(rows: Mapping[str, Finished]) -> list[Block]:
                 facts.setdefault(key, {})[words] = None
     first = next(iter(rows.values()))
     runtime = {key: value for key, value in first.runtime.items() if value not in (None, {}, [])}
+    facts["when"] = {when(rows): None}
     facts["profile"] = {str(first.job.get("profile", "")): None}
     facts["runtime"] = {" ".join(f"{key}={value}" for key, value in runtime.items()): None}
     blocks: list[Block] = [

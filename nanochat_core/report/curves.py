@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat_core.report.rows import read_lines
 
@@ -19,8 +19,16 @@ PANELS = (  # of one stage's figure: key, title
     ("lr", "learning rate, of its peak"),
     ("tokens_per_s", "tokens per second"),
 )
-Panel = tuple[str, list[tuple[float, float]]]
 
+
+class Panel(NamedTuple):
+    title: str
+    over: str  # what its horizontal axis counts
+    points: list[tuple[float, float]]
+
+
+TICKS = 5  # of a horizontal axis: more would run into each other
+UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 READINGS = (  # of the machine, by the minute
     ("memory_gb", "memory in use, GB"),
     ("celsius", "degrees Celsius"),
@@ -66,36 +74,33 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     for key, title in PANELS:
         points = [(row["step"], row[key]) for row in rows if finite(row.get(key))]
         if len(points) > 1:
-            found.append((title, points[:: math.ceil(len(points) / CURVE_POINTS)]))
+            found.append(Panel(title, "step", points[:: math.ceil(len(points) / CURVE_POINTS)]))
     return found
 
 
 def machine_panels(readings: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """The machine over the stage's time, breaks included: minutes, or hours where it took many."""
+    """The machine over the stage's time, breaks included: in seconds, minutes or hours, as it took."""
     if not readings:
         return []
     begin = readings[0]["time"]
-    hours = readings[-1]["time"] - begin > 3 * 3600
+    took = readings[-1]["time"] - begin
+    over, unit = next(((name, size) for name, size in UNITS if took > 3 * size), UNITS[-1])
     found = []
     for key, title in READINGS:
-        points = [
-            ((row["time"] - begin) / (3600 if hours else 60), row[key])
-            for row in readings
-            if finite(row.get(key))
-        ]
+        points = [((row["time"] - begin) / unit, row[key]) for row in readings if finite(row.get(key))]
         if len(points) > 1:
-            unit = "hours" if hours else "minutes"
-            found.append((f"{title}, over {unit}", points[:: math.ceil(len(points) / CURVE_POINTS)]))
+            found.append(Panel(title, over, points[:: math.ceil(len(points) / CURVE_POINTS)]))
     return found
 
 
 def draw(found: Sequence[Panel], *, columns: int = 4) -> Any:
     from matplotlib.figure import Figure  # no pyplot: nothing global, any thread
+    from matplotlib.ticker import MaxNLocator
 
     lines = math.ceil(len(found) / columns)
     columns = math.ceil(len(found) / lines)  # five are three and two, not four and one
     figure = Figure(figsize=(3.1 * columns, 2.3 * lines), layout="constrained")
-    for i, (title, points) in enumerate(found):
+    for i, (title, over, points) in enumerate(found):
         axes = figure.add_subplot(lines, columns, i + 1)
         noisy = len(points) > SMOOTH_FROM and title not in EXACT
         axes.plot(*zip(*points, strict=True), color="#33507a", linewidth=1.1, alpha=0.3 if noisy else 1)
@@ -104,6 +109,8 @@ def draw(found: Sequence[Panel], *, columns: int = 4) -> Any:
                 [step for step, _ in points], smoothed([y for _, y in points]), color="#33507a", linewidth=1.3
             )
         axes.set_title(title, fontsize=9)
+        axes.set_xlabel(over, fontsize=7, labelpad=2)
+        axes.xaxis.set_major_locator(MaxNLocator(TICKS, integer=over == "step"))
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.5)

@@ -1,12 +1,15 @@
 """What a run took: time, energy and money by stage, and what stood in its way."""
 
+import statistics
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from nanochat_core.machine import LATEST
 from nanochat_core.progress import headline, span
+from nanochat_core.report.curves import read_rows
 from nanochat_core.report.pages import Block, Table, Text
 from nanochat_core.report.rows import Finished
 from nanochat_core.stage import Metrics
@@ -110,12 +113,34 @@ def whole(rows: Mapping[str, Finished]) -> Metrics:
     return total
 
 
+def when(rows: Mapping[str, Finished]) -> str:
+    """From the first attempt's start to the last stage's end, breaks included."""
+    ends = [datetime.fromisoformat(row.result["finished"]) for row in rows.values()]
+    starts = [
+        datetime.fromtimestamp(event["time"], UTC)
+        for row in rows.values()
+        for event in row.attempts
+        if event["event"] == "started"
+    ]
+    begin, end = min([*starts, *ends]), max(ends)
+    until = f"{end:%H:%M}" if begin.date() == end.date() else f"{end:%Y-%m-%d %H:%M}"
+    return f"{begin:%Y-%m-%d %H:%M} to {until} UTC"
+
+
+def speed(row: Finished) -> str:
+    """A training stage's TFLOP/s, of all its processes together: the middle of its steps'."""
+    rates = [step["tflops"] for step in read_rows(row.directory / "metrics.jsonl") if step.get("tflops")]
+    return f"{statistics.median(rates):.3g}" if rates else ""
+
+
 def effort_blocks(rows: Mapping[str, Finished]) -> list[Block]:
     """A line for each stage, the sum, and every interruption."""
     lines: list[list[str]] = []
     meters: dict[str, None] = {}
     total = whole(rows)
     priced = "run/cost" in total
+    speeds = {name: speed(row) for name, row in rows.items()}
+    timed = any(speeds.values())
     for name, row in rows.items():
         used = energy(row)
         meters[used.meter] = None
@@ -128,14 +153,16 @@ def effort_blocks(rows: Mapping[str, Finished]) -> list[Block]:
                 str(max(starts, 1)),
                 kwh(used.kwh),
                 *([f"{price:.2f}" if price is not None else ""] if priced else []),
+                *([speeds[name]] if timed else []),
                 headline(row.metrics),
             ]
         )
-    end = [f"{total['run/cost']:.2f}"] if priced else []
+    end = [*([f"{total['run/cost']:.2f}"] if priced else []), *([""] if timed else [])]
     seconds, drawn = total["run/seconds"], total["run/kwh"]
     assert isinstance(seconds, int | float) and isinstance(drawn, int | float)
     lines.append(["all", span(seconds), "", kwh(drawn), *end, ""])
-    head = ["stage", "time", "attempts", "energy", *(["cost"] if priced else []), ""]
+    head = ["stage", "time", "attempts", "energy", *(["cost"] if priced else [])]
+    head += [*(["TFLOP/s"] if timed else []), ""]
     blocks: list[Block] = [Table(head, lines, words=1), Text(meter_words(list(meters), rows))]
     found = [one for name, row in rows.items() for one in breaks(name, row.attempts)]
     if found:
@@ -176,4 +203,7 @@ def meter_words(meters: list[str], rows: Mapping[str, Finished]) -> str:
             basis = f"{CPU_WATTS:.0f} W a core"
         where = " where nothing could be read" if measured else ": this machine lets no meter be read"
         words.append(f"Energy is assumed{where} ({assumed_watts(row):.0f} W, by {basis}).")
+    machines = max((int(row.runtime.get("nnodes", 1)) for row in rows.values()), default=1)
+    if machines > 1:
+        words.append(f"It is the first machine's alone: what {machines} machines did together took more.")
     return " ".join(words)

@@ -8,9 +8,11 @@ from toys import PROFILE, Toy
 
 from nanochat_core import report, store
 from nanochat_core.beside import differences, find_run
-from nanochat_core.published import D20
-from nanochat_core.report.collect import published_blocks
-from nanochat_core.report.effort import energy
+from nanochat_core.progress import headline
+from nanochat_core.published import CORE_TASKS, D20
+from nanochat_core.report.collect import published_blocks, summary
+from nanochat_core.report.curves import TICKS, draw, machine_panels, panels
+from nanochat_core.report.effort import energy, when
 from nanochat_core.report.pages import Text
 
 
@@ -75,6 +77,75 @@ def test_every_task_stands_beside_each_model_with_its_gain() -> None:
         ["ChatCORE without SpellingBee", "", "", "0.2000", ""],
         ["ChatCORE", "0.1000", "0.3000", "0.4000", "+0.3000"],
     ]
+
+
+def test_chatcore_over_other_tasks_than_before_is_no_gain(rows: dict[str, Path]) -> None:
+    metrics: dict[str, float | int | str | None] = {"mid/chatcore": 0.1, "mid/mmlu": 0.3, "mid/gsm8k": 0.2}
+    metrics |= {"sft/chatcore": 0.3, "sft/mmlu": 0.4, "sft/gsm8k": 0.3, "sft/gsm8k_pass_at_4": 0.5}
+    metrics |= {"rl/chatcore": 0.4, "rl/gsm8k": 0.5, "rl/reward": 0.8}
+    (table,) = report.task_table(metrics)
+    assert isinstance(table, report.Table)
+    gains = {line[0]: line[-1] for line in table.rows}
+    assert gains["gsm8k"] == "+0.3000" and gains["mmlu"] == "+0.1000" and gains["ChatCORE"] == ""
+    blocks = summary({name: report.read_finished(path) for name, path in rows.items()}, metrics)
+    (table,) = [block for block in blocks if isinstance(block, report.Table)]
+    assert list(map(list, table.rows))[-3:] == [
+        ["mid", "ChatCORE", "", "0.1000", ""],
+        ["sft", "ChatCORE", "0.1000", "0.3000", "+0.2000"],
+        ["rl", "ChatCORE", "", "0.4000", ""],
+    ]
+    assert any("over other tasks" in block.text for block in blocks if isinstance(block, Text))
+
+
+def test_only_the_mean_over_the_published_tasks_is_called_core() -> None:
+    published = {task: 0.2 for task in CORE_TASKS}
+    assert len(published) == 22 and headline({"core": 0.2, **published}) == "CORE 0.200"
+    assert headline({"core": 0.2, "factbook_units": 0.2}) == "CORE (own tasks) 0.200"
+    metrics: dict[str, float | int | str | None] = {"base/core": 0.2, "base/factbook_units": 0.2}
+    (table,) = report.task_table(metrics)
+    assert isinstance(table, report.Table) and table.rows[0][0] == "CORE (own tasks)"
+    (table,) = report.task_table(metrics | {f"base/{task}": 0.2 for task in CORE_TASKS})
+    assert isinstance(table, report.Table) and table.rows[0][0] == "CORE"
+
+
+def test_the_report_says_when_and_how_fast_it_ran(rows: dict[str, Path]) -> None:
+    for name, path in rows.items():
+        result = json.loads((path / "result.json").read_text()) | {"finished": "2026-11-24T09:05:00Z"}
+        (path / "result.json").write_text(json.dumps(result))
+        events = [{"event": "started", "time": 1795305600.0 + (name == "sft")}]  # 22 November, midnight
+        (path / "attempts.jsonl").write_text("\n".join(map(json.dumps, events)))
+    steps = [{"step": i, "loss": 1.0, "tflops": rate} for i, rate in enumerate((1.0, 41.27, 41.3))]
+    (rows["pretrain"] / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
+    text = report.to_markdown(report.collect(rows))
+    assert text.count("2026-11-22 00:00 to 2026-11-24 09:05 UTC") == 2
+    assert re.search(r"\| stage \| time \| attempts \| energy \| TFLOP/s \|", text)
+    assert re.search(r"\| pretrain \| .* \| 41.3 \|", text)
+    assert when({"sft": report.read_finished(rows["sft"])}).endswith("2026-11-24 09:05 UTC")
+    (rows["sft"] / "attempts.jsonl").write_text("")
+    assert when({"sft": report.read_finished(rows["sft"])}) == "2026-11-24 09:05 to 09:05 UTC"
+    assert re.search(r"\| versions \| .*prefect 3\.", text)
+
+
+def test_energy_of_several_machines_is_said_to_be_of_one(rows: dict[str, Path]) -> None:
+    assert "the first machine's alone" not in report.to_markdown(report.collect(rows))
+    job = json.loads((rows["pretrain"] / "job.json").read_text())
+    job["runtime"]["nnodes"] = 2
+    (rows["pretrain"] / "job.json").write_text(json.dumps(job))
+    assert "the first machine's alone: what 2 machines did" in report.to_markdown(report.collect(rows))
+
+
+def test_a_short_stages_curves_name_what_they_go_over(rows: dict[str, Path]) -> None:
+    readings = [{"time": 1000.0 + i, "memory_gb": 1.0 + i} for i in range(3)]
+    for seconds, over in ((1, "seconds"), (600, "minutes"), (36000, "hours")):
+        stretched = [reading | {"time": reading["time"] * seconds} for reading in readings]
+        assert [panel.over for panel in machine_panels(stretched)] == [over]
+    (loss,) = panels([{"step": 1, "loss": 5.0}, {"step": 12, "loss": 4.0}])
+    assert (loss.title, loss.over) == ("loss", "step")
+    (axes,) = draw([loss]).axes
+    ticks = axes.get_xticks()
+    assert (
+        axes.get_xlabel() == "step" and len(ticks) <= TICKS + 1 and all(tick == int(tick) for tick in ticks)
+    )
 
 
 def test_a_stage_that_stopped_early_says_so(rows: dict[str, Path]) -> None:
@@ -255,6 +326,7 @@ def test_a_run_on_the_published_tasks_stands_beside_the_published_ones(rows: dic
     finished = {name: report.read_finished(path) for name, path in rows.items()}
     hub = finished["shards"]._replace(job={"config": {"source": "hub"}})
     metrics: dict[str, float | int | str | None] = {"base/core": 0.21, "sft/mmlu": 0.3, "base/own": 1.0}
+    metrics |= {f"base/{task}": 0.2 for task in CORE_TASKS}
     table, note = published_blocks({"assets": hub}, metrics)
     assert isinstance(table, report.Table) and isinstance(note, Text)
     assert list(map(list, table.rows)) == [

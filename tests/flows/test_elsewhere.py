@@ -47,6 +47,34 @@ def test_a_mirror_has_to_be_named_and_written(nanochat: Command, tmp_path: Path,
     assert "Traceback" not in away.stderr
 
 
+def test_with_nothing_made_here_there_is_nothing_to_send(nanochat: Command, tmp_path: Path) -> None:
+    for url in (f"file://{tmp_path}/mirror", "s3://bucket/prefix"):
+        done = nanochat("mirror", P, "--to", url)
+        assert done.returncode == 2 and done.stdout == ""
+        assert "nothing of this run is in" in done.stderr and "so nothing was sent" in done.stderr
+    assert not (tmp_path / "mirror").exists()
+
+
+def test_a_bucket_that_does_not_answer_is_one_sentence(nanochat: Command, toy: Toy) -> None:
+    toy.make(toy.plan(until="shards"))
+    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    away = keys | {"FSSPEC_S3_ENDPOINT_URL": "http://127.0.0.1:9"}  # nobody listens there
+    done = nanochat("mirror", P, "--to", "s3://bucket/prefix", env=away)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "s3://bucket/prefix cannot be written" in done.stderr and "it lacks shards" in done.stderr
+
+
+def test_what_is_damaged_here_is_not_sent_and_that_is_said(
+    nanochat: Command, tmp_path: Path, toy: Toy
+) -> None:
+    made = toy.plan(until="shards")
+    toy.make(made)
+    (made.jobs["shards"].path / "shards.json").write_text("[]")
+    done = nanochat("mirror", P, "--to", f"file://{tmp_path}/mirror")
+    assert done.returncode == 1 and "damaged here, so not sent" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("next: nanochat verify")
+
+
 def test_joining_waits_for_a_call_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(TOY)}
     command = [sys.executable, "-m", "flows.cli", "join", "--base-dir", str(tmp_path)]

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pwd
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from test_services import Machine, until
 
 from flows import install
 from flows.install import Step
+from flows.verbs.shared import usable
 
 
 def settings(text: str, key: str) -> list[str]:
@@ -63,6 +66,38 @@ def test_a_dry_run_shows_everything_and_does_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     done = subprocess.run([*words, "--system"], capture_output=True, text=True, env=env)
     assert "systemctl mask sleep.target" in done.stdout and "runuser -u ada" in done.stdout
+
+
+def test_a_dry_run_for_the_machine_names_who_really_runs_it_and_their_home() -> None:
+    nobody = pwd.getpwnam("nobody")
+    env = {name: value for name, value in os.environ.items() if name != "NANOCHAT_BASE_DIR"}
+    words = [sys.executable, "-m", "flows.cli", "install-services", "--dry-run", "--system"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env | {"SUDO_USER": "nobody"})
+    assert done.returncode == 0, done.stderr
+    assert "User=nobody" in done.stdout and "runuser -u nobody" in done.stdout
+    assert f"NANOCHAT_BASE_DIR={nobody.pw_dir}/.cache/nanochat" in done.stdout  # not root's home
+    done = subprocess.run([*words, "--user-name", "n0body"], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "there is no user n0body on this machine" in done.stderr
+
+
+def test_the_machines_unit_waits_for_the_network_and_a_users_names_no_target_it_lacks() -> None:
+    system = install.unit(Path("/b"), 1, system=True, user="ada")
+    assert settings(system, "Wants") == ["network-online.target"]
+    assert "network-online.target" in settings(system, "After")[0]
+    assert settings(install.unit(Path("/b"), 1, system=False, user="ada"), "After") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes directories for others")
+def test_what_root_makes_for_somebody_is_theirs() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which nobody else may enter
+        top = Path(folder)
+        top.chmod(0o755)
+        base = top / "cache" / "nanochat"
+        assert install.handed_over(base, "nobody", usable) == base
+        assert base.owner() == base.parent.owner() == "nobody" and top.owner() == "root"
+        (top / "roots").mkdir(0o755)
+        with pytest.raises(ValueError, match=r"nobody cannot write to .*/roots: chown it"):
+            install.handed_over(top / "roots", "nobody", usable)
 
 
 def test_steps_are_done_in_order_and_the_first_that_fails_says_why(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_core import launch, nodes
+from nanochat_core import joining, launch, nodes
 from nanochat_core import plan as plans
 from nanochat_core.stage import Runtime
 
@@ -163,6 +163,58 @@ def test_the_first_machine_calls_and_the_other_answers(
     answer = nodes.torchrun(job, runtime)
     assert any("is_host=0" in word for word in answer)
     assert [w for w in words if "rdzv-id" in w] == [w for w in answer if "rdzv-id" in w]
+
+
+def test_a_name_that_leads_back_to_this_machine_is_no_place_to_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = {"spark-1": "127.0.1.1", "spark-2": "192.168.100.2"}  # as Ubuntu's /etc/hosts has its own name
+
+    def looked_up(host: str, *_: object) -> list[object]:
+        if host not in hosts:
+            raise socket.gaierror("Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (hosts[host], 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+    monkeypatch.setattr(socket, "gethostname", lambda: "spark-1")
+    nodes.refuse_loopback(Runtime(base_dir=tmp_path))
+    for meeting in ("spark-2:29400", "192.168.100.1:29400", "127.0.0.1:29400"):
+        nodes.refuse_loopback(Runtime(base_dir=tmp_path, nnodes=2, rendezvous=meeting))
+    with pytest.raises(ValueError, match=r"spark-1, which is 127\.0\.1\.1.*set runtime\.rendezvous"):
+        nodes.refuse_loopback(Runtime(base_dir=tmp_path, nnodes=2))
+    with pytest.raises(ValueError, match="nowhere, which has no address here"):
+        nodes.refuse_loopback(Runtime(base_dir=tmp_path, nnodes=2, rendezvous="nowhere:1"))
+
+
+def test_joining_says_once_that_a_call_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "POLL_SECONDS", 0.0)
+    runtime = Runtime(base_dir=tmp_path, nnodes=2, rendezvous=f"127.0.0.1:{free_port()}")
+    job = tmp_path / "pretrain" / ("f" * 20) / "job.json"
+    job.parent.mkdir(parents=True)
+    (tmp_path / "locks").mkdir()
+    nodes.torchrun(job, runtime)
+    looks = 0
+
+    def looked(base_dir: Path) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3 * joining.PATIENCE:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(joining, "heard", looked)
+    for began in (False, True):
+        said: list[str] = []
+        looks = 0
+        if began:
+            job.write_text("{}")
+        with pytest.raises(KeyboardInterrupt):
+            joining.join(tmp_path, said.append)
+        assert len(said) == (1 if began else 0)
+    assert f"a call names {runtime.rendezvous}, which does not answer" in said[0]
+    (job.parent / "result.json").write_text("{}")
+    assert nodes.unanswered(tmp_path) is None  # the stage is done: nobody waits
 
 
 def test_one_machine_needs_no_rendezvous(tmp_path: Path) -> None:
