@@ -34,12 +34,16 @@ Watch = Callable[[dict[str, Any]], None]
 
 INTERRUPTED = 130  # exit codes of the child
 INPUT_LOST = 66
-FINISHED = 67  # of a rank that found its job done
-STOP_SECONDS = 120.0  # a stage that was told to stop gets this long for its checkpoint
+STOP_SECONDS = 180.0  # a stage that was told to stop gets this long to end its step and for its checkpoint
 POLL_SECONDS = 0.2
-# Threads of a CPU kernel sleep while they wait for each other: spinning halves the speed as soon as
-# anything else runs.
-QUIET_WAITING = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+LOCKED = "NANOCHAT_LOCKED"  # set in ranks: their launcher holds the locks, and has looked what is done
+SETTINGS = {
+    # Threads of a CPU kernel sleep while they wait for each other: spinning halves the speed as soon as
+    # anything else runs.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS may add in another order each time
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{STOP_SECONDS - 10:.0f}",  # torchrun's patience with its ranks
+}
 
 
 class StageFailed(Exception):
@@ -112,13 +116,20 @@ def launch(
             env=environment(),
         )
     rows = follow(work / "metrics.jsonl")
-    short = asked = False
+    short = asked = hangs = False
+    heard, length = time.monotonic(), begin
     try:
         while process.poll() is None:
             for row in rows:
                 if row is None:
                     break
+                heard = time.monotonic()
                 watch(row)
+            if log.exists() and log.stat().st_size != length:
+                heard, length = time.monotonic(), log.stat().st_size
+            if 0 < 60 * plan.runtime.silent_minutes < time.monotonic() - heard:
+                hangs = True
+                break
             if stopping():
                 asked = True
                 break
@@ -137,6 +148,11 @@ def launch(
         store.note_attempt(work, "short_of_memory", rows=plan.runtime.device_batch.get(name))
         raise ShortOfMemory(name, "memory was running out, so it was stopped; give it a smaller model, or "
                             f"fewer rows at a time: --set runtime.device_batch.{name}=N", log)  # fmt: skip
+    if hangs and process.returncode != 0:
+        why = f"it said nothing for {plan.runtime.silent_minutes:g} minutes, so it was ended"
+        store.note_attempt(work, "stopped", why=why)
+        raise StageKilled(name, f"{why}; run the same command to go on, or give it longer: --set "
+                          "runtime.silent_minutes=N", log)  # fmt: skip
     if process.returncode in (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT) or (
         asked and process.returncode != 0  # torchrun ends with a code of its own
     ):
@@ -161,7 +177,7 @@ def environment() -> dict[str, str]:
     """A stage's: ours without the orchestrator's settings, for what a model writes may run in it, and these
     hold the password of the API and of its database."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-    return ours | QUIET_WAITING | {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())}
+    return SETTINGS | ours | {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())}
 
 
 def insist(
@@ -309,37 +325,18 @@ def read_job_file(path: Path) -> tuple[Job, dict[str, Any]]:
     return Job(stage.name, config, reads, path.parent, runtime, record["fingerprint"]), record
 
 
-def execute(path: Path) -> bool:
-    """Run a job.json to its result, alone in its directory and, if the stage wants it, on the device.
-
-    False if another process has finished it meanwhile.
-    """
+def execute(path: Path) -> None:
+    """Run a job.json to its result, alone in its directory and, if the stage wants it, on the device."""
     job, record = read_job_file(path)
     stage = BY_NAME[job.stage]
-    base_dir = job.runtime.base_dir
-    final = base_dir / job.stage / job.fingerprint
-    first = int(os.environ.get("RANK", "0")) == 0
     with contextlib.ExitStack() as stack:
-        if first:
-            lock = lock_path(base_dir, job.stage, job.fingerprint)
-            if not stack.enter_context(store.locked(lock, wait=False)):
-                print(
-                    f"another process is at work on {job.stage} {job.fingerprint}; waiting for it", flush=True
-                )
-                stack.enter_context(orphans.taken_over(lock, STOP_SECONDS))
-            orphans.sign(lock)
-            if job.path != final and not final.exists() and (job.path / "result.json").exists():
-                job.path.replace(final)  # a re-run that was complete but not yet put in place
-                return False
-            if finished_meanwhile(job, record):
-                return False
-            inputs.insist_on(job, record["inputs"])  # who was told of other inputs must not undo a result
-            (job.path / "result.json").unlink(missing_ok=True)
-            if stage.device:
-                stack.enter_context(store.locked(base_dir / "locks" / "device.lock"))
-        if not first:
+        if LOCKED not in os.environ and not alone(job, record, stack):
+            return
+        if int(os.environ.get("RANK", "0")) != 0:
             stage.module.run(job.config, job)
-            return True
+            return
+        inputs.insist_on(job, record["inputs"])  # who was told of other inputs must not undo a result
+        (job.path / "result.json").unlink(missing_ok=True)
         guard.offer_first()
         store.note_attempt(job.path, "started", pid=os.getpid(), previous_end=last_sign_of_life(job.path))
         stack.enter_context(machine.logged(job.path / "machine.jsonl"))
@@ -358,10 +355,12 @@ def execute(path: Path) -> bool:
             raise
         attempts = [*store.read_attempts(job.path), {"event": "finished", "time": time.time()}]
         seconds = store.seconds_spent(attempts)
+        base_dir = job.runtime.base_dir
         store.commit(
             job.path, base_dir, metrics, job.shared, seconds, record["inputs"], record["rerun"], job.origins
         )
         store.note_attempt(job.path, "finished")
+        final = base_dir / job.stage / job.fingerprint
         if job.path != final:
             old = final.with_name(final.name + ".old")
             shutil.rmtree(old, ignore_errors=True)
@@ -370,6 +369,29 @@ def execute(path: Path) -> bool:
             job.path.replace(final)
             store.sync_directory(final.parent)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def alone(job: Job, record: dict[str, Any], stack: contextlib.ExitStack) -> bool:
+    """Hold the locks of a job's directory and of the device, waiting for whoever has them; they survive exec.
+    False if there is nothing left to do."""
+    locks = job.runtime.base_dir / "locks"
+    own = lock_path(job.runtime.base_dir, job.stage, job.fingerprint)
+    if not stack.enter_context(store.locked(own, wait=False, keep=True)):
+        print(f"another process is at work on {job.stage} {job.fingerprint}; waiting for it", flush=True)
+        stack.enter_context(orphans.taken_over(own, STOP_SECONDS))
+    orphans.sign(own)
+    final = job.runtime.base_dir / job.stage / job.fingerprint
+    if job.path != final and not final.exists() and (job.path / "result.json").exists():
+        job.path.replace(final)  # a re-run that was complete but not yet put in place
+        return False
+    if finished_meanwhile(job, record):
+        return False
+    if BY_NAME[job.stage].device:
+        device = locks / "device.lock"
+        if not stack.enter_context(store.locked(device, wait=False, keep=True)):
+            print("another stage is at work on this device; waiting for it", flush=True)
+            stack.enter_context(orphans.taken_over(device, STOP_SECONDS))
+        orphans.sign(device)
     return True
 
 
@@ -410,24 +432,35 @@ def out_of_space(error: BaseException | None) -> bool:
     return False
 
 
+def become_torchrun(path: Path, runtime: Runtime) -> None:
+    """Start the ranks of this machine, once the job's locks are held: ranks that wait for a lock would lose
+    each other. Returns only if there is nothing left to do."""
+    with contextlib.ExitStack() as stack:
+        # of several machines the one that called holds the locks
+        if nodes.ANSWER not in os.environ and not alone(*read_job_file(path), stack):
+            return
+        launcher = ["-m", "torch.distributed.run", *nodes.torchrun(path.resolve(), runtime)]
+        os.environ[LOCKED] = "1"
+        os.environ["NANOCHAT_PARENT"] = str(os.getpid())  # of the ranks, once this process is torchrun
+        # the death signal survives exec, so torchrun is told too
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", "nanochat_core.launch", str(path)])
+
+
 def main(argv: list[str]) -> int:
     if len(argv) != 1:
         print("usage: python -m nanochat_core.launch JOB_DIR/job.json", file=sys.stderr)
         return 2
     die_with_parent()
     path = Path(argv[0])
-    if "RANK" not in os.environ:
-        record = json.loads(path.read_text())
-        runtime = Runtime.model_validate(record["runtime"])
-        os.environ.update(runtime.environment)
-        if BY_NAME[record["stage"]].ranks == "all" and runtime.processes > 1:
-            launcher = ["-m", "torch.distributed.run", *nodes.torchrun(path.resolve(), runtime)]
-            os.environ["NANOCHAT_PARENT"] = str(os.getpid())  # of the ranks, once this process is torchrun
-            # the death signal survives exec, so torchrun is told too
-            os.execv(sys.executable, [sys.executable, *launcher, "-m", "nanochat_core.launch", str(path)])
     try:
-        if not execute(path) and "RANK" in os.environ:
-            return FINISHED  # the other ranks wait for this one: by a code of failure torchrun ends them
+        if "RANK" not in os.environ:
+            record = json.loads(path.read_text())
+            runtime = Runtime.model_validate(record["runtime"])
+            os.environ.update(runtime.environment)
+            if BY_NAME[record["stage"]].ranks == "all" and runtime.processes > 1:
+                become_torchrun(path, runtime)
+                return 0
+        execute(path)
     except Interrupted:
         return INTERRUPTED
     except ValueError as error:

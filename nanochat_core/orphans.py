@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from nanochat_core import store
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS, SAY_SECONDS = 0.5, 1800.0
 
 
 class Process(NamedTuple):
@@ -52,10 +52,15 @@ def orphan(lock: Path) -> Process | None:
 
 @contextlib.contextmanager
 def taken_over(lock: Path, seconds: float) -> Iterator[None]:
-    """Hold a job's lock as soon as it is free. An orphan that holds it gets `seconds` to save and end."""
+    """Hold a job's lock, or the device's, as soon as it is free, also across exec. An orphan that holds it
+    gets `seconds` to save and end."""
     told: dict[int, float] = {}  # an orphan's start -> when it was told to stop
+    said = time.monotonic()
     while True:
-        with store.locked(lock, wait=False) as ours:
+        if time.monotonic() - said > SAY_SECONDS:  # who waits does not hang
+            print("still waiting for it", flush=True)
+            said = time.monotonic()
+        with store.locked(lock, wait=False, keep=True) as ours:
             if ours:
                 yield
                 return

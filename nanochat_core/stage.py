@@ -59,6 +59,7 @@ class Runtime(BaseModel):
     save_minutes: float = Field(10.0, gt=0)  # a training stage saves at least this often
     save_steps: int | None = Field(None, ge=1)  # and, if set, every so many steps
     preflight: bool = False  # `nanochat doctor` first; what it finds broken ends the run before any work
+    silent_minutes: float = Field(240.0, ge=0)  # a stage that says nothing for so long is ended, as it hangs
     network_minutes: float = Field(45.0, ge=0)  # that a download may bring nothing before it is given up
     price_per_kwh: float | None = Field(None, ge=0)  # in your currency; the report reckons each stage's cost
     price_per_hour: float | None = Field(None, ge=0)  # of a rented machine

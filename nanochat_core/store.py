@@ -248,13 +248,14 @@ def seconds_spent(attempts: list[dict[str, Any]]) -> float:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock that the kernel drops with its holder, however that dies.
+def locked(path: Path, *, wait: bool = True, keep: bool = False) -> Iterator[bool]:
+    """Hold a lock that the kernel drops with its holder, however that dies; with `keep` it survives exec.
 
     Yields whether it is held: always, unless it is taken and we do not wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as f:
+        os.set_inheritable(f.fileno(), keep)
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

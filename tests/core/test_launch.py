@@ -191,6 +191,17 @@ def test_the_device_is_used_by_one_stage_at_a_time(toy: Toy) -> None:
     assert toy.starts(made, "pretrain") == ["0"]
 
 
+def test_a_stage_that_says_nothing_for_long_is_ended_and_goes_on(toy: Toy) -> None:
+    made = toy.plan("pretrain.steps=4", "pretrain.pause=3", "runtime.silent_minutes=0.03")
+    launch(made, "shards")
+    with pytest.raises(launching.StageKilled, match=r"said nothing for 0\.03 minutes.*silent_minutes"):
+        launch(made, "pretrain")
+    assert store.read_attempts(made.jobs["pretrain"].path)[-1]["event"] == "stopped"
+    patient = toy.plan("pretrain.steps=4", "pretrain.pause=3", "runtime.silent_minutes=0")
+    assert patient.jobs["pretrain"].path == made.jobs["pretrain"].path
+    launch(patient, "pretrain")
+
+
 def test_a_rerun_keeps_the_old_artefact_until_the_new_one_is_complete(toy: Toy) -> None:
     made = toy.plan(*SLOW)
     toy.make(made)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from toys import Toy
 
 from nanochat_core import orphans, store
 
@@ -78,3 +79,16 @@ def test_a_process_that_took_the_number_of_an_old_holder_is_left_alone(lock: Pat
     lock.write_text("")
     assert orphans.orphan(lock) is None
     orphans.sign(lock)
+
+
+def test_an_orphan_does_not_keep_the_device(toy: Toy) -> None:
+    """Its parent was killed while it hung, so nobody else ends it."""
+    made = toy.plan(until="pretrain")
+    device = toy.base_dir / "locks" / "device.lock"
+    device.parent.mkdir(parents=True)
+    parent = held(device, "listens")
+    parent.kill()
+    parent.wait()
+    toy.run(made)
+    said = (made.jobs["pretrain"].path / "log.txt").read_text()
+    assert "another stage is at work on this device" in said and "has lost its parent" in said
