@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nanochat_core.model.gpt import GPT, GPTConfig
 from nanochat_core.optim.adamw import adamw_update
 from nanochat_core.optim.groups import parameter_groups
-from nanochat_core.optim.muon import CLASSIC, POLAR_EXPRESS, muon_update, new_state, orthogonalize
+from nanochat_core.optim.muon import CLASSIC, POLAR_EXPRESS, Iteration, muon_update, new_state, orthogonalize
 from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates, Schedule
 
@@ -20,12 +20,12 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (2, 16, 64), (1, 12, 1)])
-@pytest.mark.parametrize(("coefficients", "band"), [(POLAR_EXPRESS, (0.85, 1.15)), (CLASSIC, (0.6, 1.25))])
+@pytest.mark.parametrize(("iteration", "band"), [(POLAR_EXPRESS, (0.85, 1.15)), (CLASSIC, (0.6, 1.25))])
 def test_orthogonalize_keeps_directions_and_evens_singular_values(
-    shape: tuple[int, ...], coefficients: tuple[tuple[float, float, float], ...], band: tuple[float, float]
+    shape: tuple[int, ...], iteration: Iteration, band: tuple[float, float]
 ) -> None:
     G = random(*shape)
-    X = orthogonalize(G, coefficients, torch.float32)
+    X = orthogonalize(G, iteration, torch.float32)
     U, S, V = torch.linalg.svd(G, full_matrices=False)
     within = U.mT @ X @ V.mT  # diagonal where X has G's directions
     values = torch.linalg.svdvals(X)
@@ -65,9 +65,8 @@ def test_classic_muon_is_torchs_muon() -> None:
             weight_decay=0.0,
             dtype=torch.bfloat16,
         )
-    # torch divides by the norm, we by 1.01 of it: one quintic step later that is a few percent of an update
-    # of 0.02.
-    torch.testing.assert_close(p[0], theirs.detach(), atol=0.02 * 4 * 0.06, rtol=0)
+    # bf16 products of a batch round elsewhere than those of one matrix: a few of their last bits of 0.02.
+    torch.testing.assert_close(p[0], theirs.detach(), atol=0.02 * 4 * 0.01, rtol=0)
 
 
 def test_adamw_is_torchs_adamw() -> None:
