@@ -15,6 +15,7 @@ from tinytrain import WORLD, job_in, tiny_model
 from nanochat_core.data.batch import Batch, ahead
 from nanochat_core.data.documents import Shard
 from nanochat_core.data.packed import packed
+from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates, Schedule
 from nanochat_core.stage import Interrupted, Job
 from nanochat_core.tokenizer.bpe import Tokenizer
@@ -141,17 +142,43 @@ def test_two_bad_batches_in_the_same_place_stop_the_run(
         fit(job, WORLD, fresh(), poisoned(batches, 4, 5), steps=8, schedule=SCHEDULE)
 
 
+def test_a_gradient_longer_than_the_clip_is_cut_to_it(
+    tmp_path: Path, fresh: Fresh, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[float] = []
+    update = Optimizer.update
+
+    def seen(self: Optimizer, *, grad_scale: float, **rates: float) -> None:
+        scales.append(grad_scale)
+        update(self, grad_scale=grad_scale, **rates)
+
+    monkeypatch.setattr(Optimizer, "update", seen)
+    left = {}
+    for clip in (None, 1e6, 0.5):
+        scales.clear()
+        job, state = job_in(tmp_path / str(clip)), fresh()
+        fit(job, WORLD, state, batches, steps=6, schedule=SCHEDULE, grad_clip=clip)
+        norms = [row["grad_norm"] for row in rows_of(job) if "loss" in row]
+        assert max(norms) > 0.5
+        lengths = [norm * scale for norm, scale in zip(norms, scales, strict=True)]
+        assert lengths == pytest.approx([min(norm, clip or norm) for norm in norms], rel=1e-4)
+        left[clip] = weights(state)
+    assert same(left[None], left[1e6])
+    assert not same(left[None], left[0.5])
+
+
 @pytest.mark.parametrize("arch", ["seed", "modern"])
 def test_fifty_steps_give_the_golden_losses(
     arch: str, tmp_path: Path, shards: list[Shard], tokenizer: Tokenizer
 ) -> None:
-    state = new_state(tiny_model(tokenizer, arch), Rates(weight_decay=0.1), WORLD)
+    """Four layers over 256 tokens: three of them look back 128."""
+    state = new_state(tiny_model(tokenizer, arch, T=256, depth=4), Rates(weight_decay=0.1), WORLD)
     job = job_in(tmp_path / arch)
     fit(
         job,
         WORLD,
         state,
-        lambda s: packed(shards, tokenizer, rows=4, T=32, cursor=s.cursor, buffer_docs=20),
+        lambda s: packed(shards, tokenizer, rows=2, T=256, cursor=s.cursor, buffer_docs=20),
         steps=50,
         schedule=SCHEDULE,
     )
@@ -160,8 +187,9 @@ def test_fifty_steps_give_the_golden_losses(
     if os.environ.get("NANOCHAT_WRITE_GOLDEN"):
         golden.write_text(json.dumps([round(loss, 6) for loss in found]) + "\n")
     assert found[-1] < 0.7 * found[0]
-    # Other CPUs add in another order; the curve is the same.
-    assert found == pytest.approx(json.loads(golden.read_text()), rel=2e-2)
+    # AVX2 and AVX512 differ by 1e-6 here. Without either, `modern` parts from them by 2e-3 within ten steps.
+    like_ours = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert found == pytest.approx(json.loads(golden.read_text()), rel=1e-4 if like_ours else 3e-2)
 
 
 RUN = """
@@ -172,6 +200,7 @@ sys.path.insert(0, {here!r})
 from tinytrain import WORLD, documents, job_in, tiny_model
 from nanochat_core.data.documents import Shard
 from nanochat_core.data.packed import packed
+from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates, Schedule
 from nanochat_core.stage import Interrupted
 from nanochat_core.store import sha256
