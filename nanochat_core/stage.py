@@ -50,9 +50,8 @@ class Runtime(BaseModel):
     rendezvous: str | None = Field(None, pattern=r"^[^:\s]+:\d+$")  # HOST:PORT of the first; its name if None
     environment: dict[str, str] = {}  # of a stage's processes, set before torch is loaded: NCCL's and others
     threads: int | None = Field(None, ge=1)  # of torch in each process; None: all cores, shared out
-    # auto: bf16 where the hardware multiplies it fast. fp8 (CUDA from sm89): bf16, and the blocks' products
-    # in 8 bits;
-    # worth it from depth 20 on.
+    # auto: bf16 where the hardware multiplies it fast. fp8: bf16, and the blocks' products in 8 bits while
+    # training; worth it from depth 20 on. An older GPU than sm89 is refused, a CPU emulates it and says so.
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     compile: bool = True  # torch.compile for training; False is slower and starts at once
     device_batch: dict[str, int] = {}  # rows of one forward pass, by stage; what does not fit is halved

@@ -9,16 +9,18 @@ its cuBLAS does not support them.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+SIXTEEN = 16  # bytes: cuBLAS wants the inner and the last dimension of an 8-bit product in these
 SMALLEST = 128  # narrower products are bound by memory, and casting costs more than it saves
 
 
 def fits(n_in: int, n_out: int) -> bool:
     """Whether a product is worth it and possible: both sides in sixteens, neither too narrow."""
-    return n_in % 16 == 0 and n_out % 16 == 0 and min(n_in, n_out) >= SMALLEST
+    return n_in % SIXTEEN == 0 and n_out % SIXTEEN == 0 and min(n_in, n_out) >= SMALLEST
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -32,6 +34,8 @@ def multiply(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dt
     """(m, k) @ (k, n) of quantized matrices. `fast` accumulates less exactly: good enough for forward
     only."""
     (a8, a_scale), (b8, b_scale) = a, b
+    # What torch._scaled_mm asks for, also of the emulation, so that tests see what a GPU would refuse.
+    assert a8.size(1) % SIXTEEN == 0 and b8.size(1) % SIXTEEN == 0, (a8.shape, b8.shape)
     if a8.is_cuda:  # wants the left by rows and the right by columns
         right = b8.t().contiguous().t()
         product: Tensor = torch._scaled_mm(
@@ -61,6 +65,12 @@ class _Product(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., n_in) times weight (n_out, n_in), transposed, in 8 bits; activations keep their type."""
-    flat: Tensor = _Product.apply(x.reshape(-1, x.size(-1)), weight)
-    return flat.view(*x.shape[:-1], weight.size(0))
+    """x (..., n_in) times weight (n_out, n_in), transposed, in 8 bits; activations keep their type.
+
+    Tokens are filled up with zeros to a multiple of sixteen: the weight's gradient sums over them, and
+    rollouts come in any number.
+    """
+    rows = x.reshape(-1, x.size(-1))
+    N = rows.size(0)
+    flat: Tensor = _Product.apply(F.pad(rows, (0, 0, 0, -N % SIXTEEN)) if N % SIXTEEN else rows, weight)
+    return flat[:N].view(*x.shape[:-1], weight.size(0))

@@ -223,12 +223,17 @@ class GPT(nn.Module):
             self.backout_lambda.fill_(0.2)
         return self
 
-    def rope(self, positions: Tensor | None, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin, (1, 1, T, D/2) from position 0, or (B, 1, T, D/2) at given positions (B, T)."""
+    def turns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The tables of cos and sin (P, D/2), made when first asked for. Ask before compiling: made inside a
+        graph, the compiler's own cosine gives other last bits."""
         if self._rope is None or self._rope[0].device != device:
             turns = angles(self.config)
             self._rope = (turns.cos().to(device), turns.sin().to(device))
-        cos, sin = self._rope
+        return self._rope
+
+    def rope(self, positions: Tensor | None, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, (1, 1, T, D/2) from position 0, or (B, 1, T, D/2) at given positions (B, T)."""
+        cos, sin = self.turns(device)
         if positions is None:
             cos, sin = cos[None, None, :T], sin[None, None, :T]
         else:

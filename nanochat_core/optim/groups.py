@@ -1,7 +1,7 @@
 """Which optimizer each parameter gets, and its rates: nanochat's settings, as data.
 
-Rates marked "by width" shrink with (width/768)^-0.5, and all but the smear's grow with the square root of the
-batch.
+Rates marked "by width" shrink with (width/768)^-0.5, and all but the smear's and backout's grow with the
+square root of the batch.
 """
 
 from dataclasses import dataclass, field
@@ -29,8 +29,8 @@ class Group:
 def parameter_groups(model: GPT, rates: Rates) -> list[Group]:
     """Every parameter of the model in exactly one group."""
     named = dict(model.named_parameters())
-    by_width = (model.config.n_embd / 768) ** -0.5 * rates.scale
-    s = rates.scale
+    by_width = (model.config.n_embd / 768) ** -0.5 * rates.scale * rates.stage
+    s = rates.scale * rates.stage
     taken: set[str] = set()
 
     def adamw(
@@ -47,8 +47,8 @@ def parameter_groups(model: GPT, rates: Rates) -> list[Group]:
             adamw("value_embeds", rates.value_embedding * by_width, 0.01, (0.8, 0.995)),
             adamw("resid_lambdas", 0.005 * s, 0.05),
             adamw("x0_lambdas", 0.5 * s, 0.0, (0.96, 0.95)),  # beta1 above .98 is a cliff
-            adamw("smear", 0.2 * min(1.0, s)),
-            adamw("backout", 0.2 * min(1.0, s)),
+            adamw("smear", 0.2 * rates.stage),  # whatever the batch
+            adamw("backout", 0.2 * rates.stage),
         ]
     else:
         groups = [

@@ -8,19 +8,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+
+class Iteration(NamedTuple):
+    """Quintics a, b, c that bring singular values to 1, and how a matrix is made small enough for them."""
+
+    steps: tuple[tuple[float, float, float], ...]
+    margin: float  # of the norm it is divided by
+    eps: float
+
+
 # Newton-Schulz with one quintic for all five steps: https://kellerjordan.github.io/posts/muon/
-CLASSIC = ((3.4445, -4.7750, 2.0315),) * 5
+CLASSIC = Iteration(((3.4445, -4.7750, 2.0315),) * 5, margin=1.0, eps=1e-7)
 
 # Polar Express, the best quintic for each step in turn, with its safety factor: https://arxiv.org/abs/2505.16932
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+POLAR_EXPRESS = Iteration(
+    (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+    margin=1.01,
+    eps=1e-6,
 )
-
-Coefficients = tuple[tuple[float, float, float], ...]
 
 
 class MuonState(NamedTuple):
@@ -36,14 +47,14 @@ def new_state(K: int, m: int, n: int, device: torch.device) -> MuonState:
     return MuonState(torch.zeros(K, m, n, device=device), torch.zeros(factored, device=device))
 
 
-def orthogonalize(G: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tensor:
+def orthogonalize(G: Tensor, iteration: Iteration, dtype: torch.dtype) -> Tensor:
     """(K, m, n) -> about the nearest matrices with all singular values 1. The product runs in `dtype`."""
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
-    for a, b, c in coefficients:
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * iteration.margin + iteration.eps)
+    for a, b, c in iteration.steps:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)

@@ -14,7 +14,8 @@ class Rates:
     value_embedding: float = 0.15
     unembedding: float = 0.008
     weight_decay: float = 0.28  # of the matrices
-    scale: float = 1.0  # of all rates: for the batch, sqrt(batch / 2^19 tokens), and for the stage
+    scale: float = 1.0  # for the batch: sqrt(batch / 2^19 tokens), of all rates but the smear's and backout's
+    stage: float = 1.0  # of all rates
 
 
 @dataclass(frozen=True)

@@ -129,9 +129,11 @@ def run(cfg: Config, job: Job) -> Metrics:
                 **place,
             )
             wanted = max(1, cfg.eval_tokens // (eval_rows * shape.sequence_len * world.size))
+            state.model.eval()  # in full precision, also where training multiplies in 8 bits
             value = bits_per_byte(
                 state.model.loss, islice(batches, wanted), token_bytes, device=world.device, total=world.sum
             )
+            state.model.train()
             return {"val_bpb": value}
 
         fit(

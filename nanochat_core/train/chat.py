@@ -44,9 +44,11 @@ def train_on_conversations(cfg: ChatTraining, job: Job) -> Metrics:
                 epochs=1,
                 **place,
             )
+            state.model.eval()  # in full precision, also where training multiplies in 8 bits
             value = bits_per_byte(
                 state.model.loss, batches, token_bytes, device=world.device, total=world.sum
             )
+            state.model.train()
             return {"val_bpb": value}
 
         fit(

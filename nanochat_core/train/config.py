@@ -49,7 +49,8 @@ class Training(Recipe):
             self.value_embedding_lr,
             self.unembedding_lr,
             self.weight_decay * decay_scale,
-            by_batch * self.lr_fraction,
+            by_batch,
+            self.lr_fraction,
         )
 
 
@@ -60,6 +61,8 @@ class ChatTraining(Training):
     order: Order = "mixed"  # or in_turn: the tasks one after another as they are listed, a curriculum
     loss_on: Literal["assistant", "all"] = "assistant"
     total_batch: int = Field(2**19, ge=1)  # tokens a step
+    # Pretraining's decay has fallen to 0 when these stages begin, in nanochat too: it does not come back.
+    weight_decay: float = Field(0.0, ge=0)
     steps: int | None = Field(None, ge=1)  # None: about one epoch of the mixture
     eval_every: int = Field(150, ge=0)
     eval_rows: int = Field(1000, ge=1)  # conversations to validate on, none of them trained on

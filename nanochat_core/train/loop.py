@@ -205,6 +205,7 @@ class _Runner:
             state.model.use_fp8()
         if compile and world.device.type == "cuda":
             state.model.use_block_masks(world.device)
+        state.model.turns(world.device)  # by the same arithmetic in every attempt, whatever its hooks ask for
         self.loss = torch.compile(state.model.loss, dynamic=False) if compile else state.model.loss
         self.optimizer = state.optimizer
 

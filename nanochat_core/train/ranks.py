@@ -67,6 +67,8 @@ def pick_device(runtime: Runtime) -> torch.device:
 def pick_dtype(runtime: Runtime, device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it fast (CUDA from sm80; CPUs with AVX512_BF16 or AMX), fp32
     elsewhere."""
+    if runtime.precision == "fp8" and device.type == "cuda":
+        refuse_without_fp8(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     if runtime.precision != "auto":
         return torch.float32 if runtime.precision == "fp32" else torch.bfloat16
     if device.type == "cuda":
@@ -78,10 +80,20 @@ def pick_dtype(runtime: Runtime, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def refuse_without_fp8(name: str, capability: tuple[int, int]) -> None:
+    """Before any work, instead of from inside the first backward pass."""
+    if capability < (8, 9):
+        raise ValueError(
+            f"{name} (sm{capability[0]}{capability[1]}) cannot multiply in 8 bits, which needs sm89 "
+            "or later; set runtime.precision=auto"
+        )
+
+
 @contextlib.contextmanager
 def ranks(runtime: Runtime) -> Iterator[World]:
     """Join the other processes, if torchrun started any (NCCL between GPUs, gloo between CPUs)."""
     device = pick_device(runtime)
+    dtype = pick_dtype(runtime, device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     cores = len(os.sched_getaffinity(0))
@@ -92,8 +104,10 @@ def ranks(runtime: Runtime) -> Iterator[World]:
         torch.set_float32_matmul_precision("high")
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if runtime.precision == "fp8" and device.type == "cpu" and rank == 0:
+        print("precision fp8 is emulated on a CPU: its rounding at a loss of speed", flush=True)
     try:
-        yield World(rank, size, device, pick_dtype(runtime, device))
+        yield World(rank, size, device, dtype)
         # Not after an error: the others would see their connections close and say so, while this one has
         # not yet said why. They close with the process, which ends once it has.
         if size > 1:

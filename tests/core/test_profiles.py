@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_core import plan as plans
+from nanochat_core.model.cross_entropy import slice_rows
 from nanochat_core.published import EXPECTED
 from nanochat_core.train.config import Training
 
@@ -136,3 +137,24 @@ def test_the_large_gpus_hours_are_the_published_ones(tmp_path: Path) -> None:
     for profile, low, high in (("speedrun-8xh100", 2.86, 3.16), ("run1000", 31.0, 33.0)):
         slow, fast = EXPECTED[profile].rates
         assert low * 0.97 < hours(profile, fast) < hours(profile, slow) < high * 1.03
+
+
+@pytest.mark.parametrize("profile", plans.profile_names())
+def test_a_loss_is_made_in_few_slices_on_a_gpu(profile: str, tmp_path: Path) -> None:
+    """Each slice moves the whole gradient of the head, and the compiler unrolls them all."""
+    plan = plans.load(profile, base_dir=tmp_path)
+    V = plan.jobs["tokenizer"].config.vocab_size
+    T = plan.jobs["pretrain"].config.sequence_len
+    batches = {row: plan.jobs[row].config.total_batch for row in ("mid", "sft")}
+    batches["pretrain"] = plan.jobs["pretrain"].config.batch(V)
+    for row, batch in batches.items():
+        whole = batch // plan.runtime.processes
+        N = min(whole, plan.runtime.device_batch.get(row, 0) * T or whole)
+        n = slice_rows(N, V, "cuda")
+        assert -(-N // n) <= 16
+        assert n * V <= 2**28  # 1 GB of fp32
+        assert slice_rows(N, V, "cpu") == 2**22 // V  # 16 MB
+
+
+def test_a_huge_batch_grows_the_slices_instead_of_their_number() -> None:
+    assert slice_rows(2**20, 65_536, "cuda") == 2**20 // 16

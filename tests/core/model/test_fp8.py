@@ -1,6 +1,7 @@
 """Products in 8 bits, emulated where the hardware has none: near the exact ones, and good enough to learn
 with."""
 
+import pytest
 import torch
 
 from nanochat_core.model import fp8
@@ -65,3 +66,29 @@ def test_a_model_learns_as_well_in_8_bits() -> None:
     exact, rough = losses(False), losses(True)
     assert rough[-1] < 0.6 * rough[0]
     assert abs(rough[-1] - exact[-1]) < 0.1 * exact[0]
+
+
+def test_any_number_of_tokens_can_be_multiplied() -> None:
+    """The weight's gradient sums over tokens, which a GPU takes in sixteens; rollouts come as they do."""
+    w = (random(256, 128, seed=1) * 0.1).requires_grad_()
+    x = random(3, 7, 128).requires_grad_()
+    y = fp8.linear(x, w)
+    y.backward(random(3, 7, 256, seed=2))
+    assert y.shape == (3, 7, 256) and x.grad is not None and x.grad.shape == x.shape
+    alone = w.detach().clone().requires_grad_()
+    exact = torch.nn.functional.linear(x.detach(), alone)
+    exact.backward(random(3, 7, 256, seed=2))
+    assert w.grad is not None and alone.grad is not None
+    assert (y - exact).norm() / exact.norm() < 0.08
+    assert (w.grad - alone.grad).norm() / alone.grad.norm() < 0.08
+
+
+def test_the_emulation_refuses_what_a_gpu_would() -> None:
+    a, b = fp8.quantize(random(32, 40), fp8.FORWARD), fp8.quantize(random(40, 32), fp8.FORWARD)
+    with pytest.raises(AssertionError):
+        fp8.multiply(a, b, torch.float32, fast=False)  # sums over 40
+    c = fp8.quantize(random(32, 40), fp8.FORWARD)
+    with pytest.raises(AssertionError):
+        fp8.multiply((a[0].t()[:32], a[1]), (c[0], c[1]), torch.float32, fast=False)  # 40 columns
+    odd = fp8.quantize(random(7, 32), fp8.FORWARD)
+    assert fp8.multiply(odd, (c[0][:, :16], c[1]), torch.float32, fast=False).shape == (7, 16)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tinytrain import WORLD, job_in, tiny_model
 from nanochat_core.data.batch import Batch, ahead
 from nanochat_core.data.documents import Shard
 from nanochat_core.data.packed import packed
+from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates, Schedule
 from nanochat_core.stage import Interrupted, Job
 from nanochat_core.tokenizer.bpe import Tokenizer
@@ -139,17 +142,43 @@ def test_two_bad_batches_in_the_same_place_stop_the_run(
         fit(job, WORLD, fresh(), poisoned(batches, 4, 5), steps=8, schedule=SCHEDULE)
 
 
+def test_a_gradient_longer_than_the_clip_is_cut_to_it(
+    tmp_path: Path, fresh: Fresh, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[float] = []
+    update = Optimizer.update
+
+    def seen(self: Optimizer, *, grad_scale: float, **rates: float) -> None:
+        scales.append(grad_scale)
+        update(self, grad_scale=grad_scale, **rates)
+
+    monkeypatch.setattr(Optimizer, "update", seen)
+    left = {}
+    for clip in (None, 1e6, 0.5):
+        scales.clear()
+        job, state = job_in(tmp_path / str(clip)), fresh()
+        fit(job, WORLD, state, batches, steps=6, schedule=SCHEDULE, grad_clip=clip)
+        norms = [row["grad_norm"] for row in rows_of(job) if "loss" in row]
+        assert max(norms) > 0.5
+        lengths = [norm * scale for norm, scale in zip(norms, scales, strict=True)]
+        assert lengths == pytest.approx([min(norm, clip or norm) for norm in norms], rel=1e-4)
+        left[clip] = weights(state)
+    assert same(left[None], left[1e6])
+    assert not same(left[None], left[0.5])
+
+
 @pytest.mark.parametrize("arch", ["seed", "modern"])
 def test_fifty_steps_give_the_golden_losses(
     arch: str, tmp_path: Path, shards: list[Shard], tokenizer: Tokenizer
 ) -> None:
-    state = new_state(tiny_model(tokenizer, arch), Rates(weight_decay=0.1), WORLD)
+    """Four layers over 256 tokens: three of them look back 128."""
+    state = new_state(tiny_model(tokenizer, arch, T=256, depth=4), Rates(weight_decay=0.1), WORLD)
     job = job_in(tmp_path / arch)
     fit(
         job,
         WORLD,
         state,
-        lambda s: packed(shards, tokenizer, rows=4, T=32, cursor=s.cursor, buffer_docs=20),
+        lambda s: packed(shards, tokenizer, rows=2, T=256, cursor=s.cursor, buffer_docs=20),
         steps=50,
         schedule=SCHEDULE,
     )
@@ -158,5 +187,72 @@ def test_fifty_steps_give_the_golden_losses(
     if os.environ.get("NANOCHAT_WRITE_GOLDEN"):
         golden.write_text(json.dumps([round(loss, 6) for loss in found]) + "\n")
     assert found[-1] < 0.7 * found[0]
-    # Other CPUs add in another order; the curve is the same.
-    assert found == pytest.approx(json.loads(golden.read_text()), rel=2e-2)
+    # AVX2 and AVX512 differ by 1e-6 here. Without either, `modern` parts from them by 2e-3 within ten steps.
+    like_ours = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert found == pytest.approx(json.loads(golden.read_text()), rel=1e-4 if like_ours else 3e-2)
+
+
+RUN = """
+import hashlib, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {here!r})
+from tinytrain import WORLD, documents, job_in, tiny_model
+from nanochat_core.data.documents import Shard
+from nanochat_core.data.packed import packed
+from nanochat_core.optim.optimizer import Optimizer
+from nanochat_core.optim.schedule import Rates, Schedule
+from nanochat_core.stage import Interrupted
+from nanochat_core.store import sha256
+from nanochat_core.tokenizer.bpe import train
+from nanochat_core.train.loop import Hook, fit
+from nanochat_core.train.setup import new_state
+
+arch, text, folder, kill_at = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(1)
+tokenizer = train(documents(50), 300)
+shards = [Shard(text.name, text, text.stat().st_size, sha256(text), 40, 3)]
+state = new_state(tiny_model(tokenizer, arch, T=256), Rates(weight_decay=0.1), WORLD)
+job = job_in(folder, compile=True, save_steps=2)
+
+def validate(state):
+    idx = torch.zeros(1, 256, dtype=torch.long)
+    with torch.no_grad():
+        state.model.eval().loss(idx, idx, torch.ones(1, 256))
+    state.model.train()
+    return {{}}
+
+def batches(state):
+    for batch in packed(shards, tokenizer, rows=4, T=256, cursor=state.cursor, buffer_docs=20):
+        if state.step == kill_at:
+            raise Interrupted
+        yield batch
+
+try:
+    fit(job, WORLD, state, batches, steps=8, schedule=Schedule(warmup_steps=2, momentum_warmup=3),
+        hooks=[Hook(0, validate)], compile=True)
+except Interrupted:
+    print("killed")
+else:
+    values = state.model.state_dict().values()
+    print(hashlib.sha256(b"".join(v.numpy().tobytes() for v in values)).hexdigest())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["seed", "modern"])
+def test_a_compiled_run_resumed_between_hooks_equals_the_uninterrupted(
+    arch: str, tmp_path: Path, shards: list[Shard]
+) -> None:
+    """In new processes: what a first process has made eagerly, a later one must not make in its graph."""
+
+    def run(folder: str, kill_at: int = -1) -> str:
+        script = RUN.format(here=str(Path(__file__).parent))
+        words = [arch, str(shards[0].path), str(tmp_path / folder), str(kill_at)]
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    whole = run("whole")
+    assert run("parts", kill_at=5) == "killed"
+    assert run("parts") == whole

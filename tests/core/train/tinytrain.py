@@ -35,13 +35,13 @@ def documents(n: int) -> list[str]:
     return [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(3 + (i * 13) % 50)) for i in range(n)]
 
 
-def tiny_model(tokenizer: Tokenizer, arch: str = "modern", T: int = 32) -> GPT:
+def tiny_model(tokenizer: Tokenizer, arch: str = "modern", T: int = 32, depth: int = 2) -> GPT:
     config = GPTConfig.of_depth(
-        2,
+        depth,
         tokenizer.vocab_size,
         arch=arch,  # type: ignore[arg-type]
         sequence_len=T,
-        aspect=16,
+        aspect=32 // depth,
         head_dim=16,
     )
     return GPT(config).init_weights(3)
