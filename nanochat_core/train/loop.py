@@ -102,7 +102,10 @@ def fit(
                 print(f"{fault}; going back to the last checkpoint and passing over that batch", flush=True)
                 saver.wait()
                 state.skip = skip
-                saver.resume(state)  # there is one: the first was made at step 0
+                if not saver.resume(state):  # to go on would repeat data on weights that have seen it
+                    raise ValueError(
+                        f"{fault}, and no checkpoint is whole to go back to; run it again, from step 0"
+                    ) from None
                 if world.is_first:
                     rewind_metrics(job.path / "metrics.jsonl", state.step, keep=True)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -129,6 +130,26 @@ def test_one_bad_batch_is_passed_over(
     assert "batch 4 at step 4 gave a loss of nan" in capsys.readouterr().out
     assert (state.step, state.drawn, state.skip) == (8, 9, [4])
     assert [step for step, _ in losses(job)] == list(range(1, 9))
+
+
+def test_a_bad_batch_with_nothing_whole_to_go_back_to_ends_the_run(
+    tmp_path: Path, fresh: Fresh, batches: Batches
+) -> None:
+    """To go on would repeat data on weights that have seen it."""
+    job = job_in(tmp_path / "job")
+
+    def damage(state: TrainState) -> dict[str, float | int | str | None]:
+        while not (job.path / "checkpoints" / f"step_{state.step:08d}").exists():
+            time.sleep(0.01)  # a thread is writing it
+        for file in (job.path / "checkpoints").glob("step_*/model.safetensors"):
+            file.write_bytes(b"x")
+        return {}
+
+    with pytest.raises(ValueError, match=r"batch 4 .* no checkpoint is whole to go back to"):
+        fit(job, WORLD, fresh(), poisoned(batches, 4), steps=8, schedule=SCHEDULE, hooks=[Hook(4, damage)])
+    again = fresh()
+    fit(job, WORLD, again, batches, steps=6, schedule=SCHEDULE)
+    assert again.step == 6 and (job.path / "checkpoints" / "step_00000006").exists()
 
 
 def test_two_bad_batches_in_the_same_place_stop_the_run(
