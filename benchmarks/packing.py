@@ -74,9 +74,9 @@ def measure(files: Sequence[Shard], tokenizer: Tokenizer, T: int) -> dict[str, f
     crop_bos = len(lengths) * read / sum(lengths) / kept
     words = bos = 0
     for batch in packed(files, tokenizer, rows=1, T=T, cursor={}, epochs=1):
-        count = int((batch.inputs == tokenizer.bos).sum() + (batch.targets[:, -1] == tokenizer.bos).sum())
+        count = 1 + int((batch.targets == tokenizer.bos).sum())  # one begins the row
         bos += count
-        words += T + 1 - count
+        words += 1 + int(batch.count) - count
     there = sum(lengths) - len(lengths)  # the documents' own tokens
     return {
         "rows": rows,

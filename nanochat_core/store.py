@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -92,6 +93,9 @@ def commit(
     origins: Mapping[str, Any],
 ) -> None:
     """Declare a directory finished: hash everything, write result.json last, then drop the scratch."""
+    for name, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} came out as {value}, which no result can hold")
     files = {str(name): entry(directory / name) for name in artefact_files(directory)}
     for name in files:  # the hashes are of what the disk holds, not only of what the page cache does
         with (directory / name).open("rb") as f:

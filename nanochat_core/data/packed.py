@@ -1,8 +1,9 @@
 """Documents into rows of T + 1 tokens, each row beginning with <|bos|>, nothing lost and nothing padded.
 
 Best fit: a row takes the longest document that still fits; when none does, it is filled with the beginning of
-the longest one and the rest goes back, with a <|bos|> of its own. Upstream drops those rests: about 35 % of
-the tokens at T = 2048.
+the one that has waited longest, and the rest goes back, with a <|bos|> of its own. Upstream drops those
+rests: about 35 % of the tokens at T = 2048. The oldest and not the longest, because shaving the longest makes
+all of a buffer of long documents equally long: for hundreds of steps none of them ends and none comes in.
 """
 
 import bisect
@@ -21,7 +22,7 @@ BUFFER_DOCS = 1000  # documents to choose from
 
 
 class Piece(NamedTuple):
-    """A document, or what is left of one, in the buffer; ordered by length, then by arrival."""
+    """A document, or what is left of one, in the buffer."""
 
     length: int  # with its <|bos|>
     arrival: int
@@ -44,23 +45,29 @@ def packed(
     """Batches of `rows` x T that follow `cursor` ({} is the beginning), for ever or for so many epochs.
 
     Rank r of n reads every n-th document. The cursor is exact: what follows it does not depend on where a run
-    was interrupted.
+    was interrupted. After so many epochs the last batch is filled up with targets of -1; the ranks may come
+    to their ends at different batches.
     """
     stream = _Stream(shards, tokenizer, cursor, rank, size, epochs, buffer_docs)
-    while True:
-        block = np.empty((rows, T + 1), dtype=np.int64)
+    filled = T + 1
+    while filled == T + 1:
+        block = np.full((rows, T + 1), tokenizer.bos, dtype=np.int64)
+        active = np.zeros((rows, T), dtype=bool)
         for r in range(rows):
-            if not stream.fill(block[r]):
-                return  # the last epoch's end; an incomplete batch is not handed out
-        tokens = torch.from_numpy(block)
-        targets = tokens[:, 1:].contiguous()
-        yield Batch(
-            tokens[:, :-1].contiguous(),
-            targets,
-            torch.ones(targets.shape, dtype=torch.float32),
-            float(targets.numel()),
-            stream.cursor(),
-        )
+            filled = stream.fill(block[r])
+            active[r, : max(0, filled - 1)] = True
+            if filled <= T:
+                break  # the last epoch's end
+        count = int(active.sum())
+        if count:
+            learned = torch.from_numpy(active)
+            tokens = torch.from_numpy(block)
+            targets = torch.where(learned, tokens[:, 1:], -1)
+            yield Batch(tokens[:, :-1].contiguous(), targets, learned.float(), float(count), stream.cursor())
+
+
+def by_length(piece: Piece) -> tuple[int, int]:
+    return piece.length, piece.arrival
 
 
 class _Stream:
@@ -88,11 +95,15 @@ class _Stream:
         self.epoch, self.shard, self.group, self.row = cursor.get("next", (0, 0, 0, 0))
         self.arrivals: int = cursor.get("arrivals", 0)
         self._cache: tuple[tuple[int, int], list[np.ndarray[Any, np.dtype[np.int64]]]] | None = None
-        self.buffer: list[Piece] = []
+        self.barren = 0  # row groups read in a row that held nothing for this rank
+        self.buffer: list[Piece] = []  # by length
+        self.by_arrival: dict[int, Piece] = {}  # the same; a piece's rest keeps the piece's place
+        found = []
         for arrival, *place in cursor.get("buffer", []):
             shard, group, row, used = place
-            tokens = self._tokens(shard, group)[row][used:]
-            self._put(arrival, (shard, group, row, used), tokens)
+            found.append((arrival, (shard, group, row, used), self._tokens(shard, group)[row][used:]))
+        for piece in sorted(found, key=lambda piece: piece[0]):
+            self._put(*piece)
 
     # Reading.
 
@@ -110,10 +121,16 @@ class _Stream:
         if self.epochs is not None and self.epoch >= self.epochs:
             return False
         documents = self._tokens(self.shard, self.group)
+        before = self.arrivals
         for row, tokens in enumerate(documents):
             if (self.row + row) % self.size == self.rank and len(tokens):
                 self._put(self.arrivals, (self.shard, self.group, row, 0), tokens)
                 self.arrivals += 1
+        self.barren = 0 if self.arrivals > before else self.barren + 1
+        if self.barren > sum(shard.row_groups for shard in self.shards):
+            raise ValueError(
+                f"all documents of rank {self.rank} of {self.size} are empty; use fewer ranks, or more shards"
+            )
         self.row += len(documents)
         self.group += 1
         while self.group >= self.shards[self.shard].row_groups:
@@ -123,32 +140,38 @@ class _Stream:
                 break
         return True
 
-    def _put(self, arrival: int, place: tuple[int, int, int, int], tokens: np.ndarray[Any, Any]) -> None:
-        bisect.insort(self.buffer, Piece(len(tokens) + 1, arrival, place, tokens), key=lambda p: p[:2])
-
     # Packing.
 
-    def fill(self, row: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
-        """Fill one row with pieces; False if the data ends first."""
+    def _put(self, arrival: int, place: tuple[int, int, int, int], tokens: np.ndarray[Any, Any]) -> None:
+        piece = Piece(len(tokens) + 1, arrival, place, tokens)
+        bisect.insort(self.buffer, piece, key=by_length)
+        self.by_arrival[arrival] = piece
+
+    def fill(self, row: np.ndarray[Any, np.dtype[np.int64]]) -> int:
+        """Fill one row with pieces; how many tokens it has got, which is all unless the data ends first."""
         at = 0
         while at < len(row):
             while len(self.buffer) < self.buffer_docs and self._read_group():
                 pass
             if not self.buffer:
-                return False
+                break
             room = len(row) - at
             fits = bisect.bisect_right(self.buffer, room, key=lambda p: p.length)
-            piece = self.buffer.pop(fits - 1 if fits else -1)
+            if fits:
+                piece = self.buffer.pop(fits - 1)
+            else:
+                oldest = next(iter(self.by_arrival.values()))
+                piece = self.buffer.pop(bisect.bisect_left(self.buffer, oldest[:2], key=by_length))
             used = min(room, piece.length)
             row[at] = self.tokenizer.bos
             row[at + 1 : at + used] = piece.tokens[: used - 1]
             at += used
             if used < piece.length:
                 shard, group, doc, before = piece.place
-                self._put(
-                    piece.arrival, (shard, group, doc, before + max(0, used - 1)), piece.tokens[used - 1 :]
-                )
-        return True
+                self._put(piece.arrival, (shard, group, doc, before + used - 1), piece.tokens[used - 1 :])
+            else:
+                del self.by_arrival[piece.arrival]
+        return at
 
     def cursor(self) -> "Cursor":
         return Cursor((self.epoch, self.shard, self.group, self.row), self.arrivals, tuple(self.buffer))

@@ -26,8 +26,9 @@ class Sums(Protocol):
 def bits_per_byte(
     loss: Losses, batches: Iterable[Batch], token_bytes: Tensor, *, device: torch.device, total: Sums
 ) -> float:
-    """Nats of the targets over ln 2 and their bytes. Special tokens stand for no bytes and count for
-    nothing."""
+    """Nats of the targets over ln 2 and their bytes. Special tokens stand for no bytes and count for nothing.
+
+    Ranks may have different numbers of batches: they meet once, at the end."""
     nats, count = 0.0, 0.0
     for batch in batches:
         targets = batch.targets.to(device)
@@ -36,4 +37,8 @@ def bits_per_byte(
         nats += float((nll * (sizes > 0)).double().sum())
         count += float(sizes.sum())
     nats, count = total(nats, count)
-    return nats / (math.log(2) * count) if count else math.inf
+    if not count:
+        raise ValueError("there is nothing to validate on: no target stands for a byte; give it more text")
+    if not math.isfinite(nats):
+        raise ValueError("the model's loss on the validation text is not finite; lower the rates")
+    return nats / (math.log(2) * count)

@@ -1,5 +1,4 @@
-"""Checkpoints of an unfinished stage: whole, hashed, newest first, a damaged one passed over for the one
-before.
+"""Checkpoints of an unfinished stage: whole, hashed, newest first, a damaged one given up for the one before.
 
 `checkpoints/step_00001200/` holds model.safetensors, one rank_<r>.safetensors and rank_<r>.json (optimizer
 part and place in the data) per rank, and manifest.json, written last, with everything's size and hash. The
@@ -51,15 +50,18 @@ class Saver:
     def __init__(self, directory: Path, world: World, keep: int) -> None:
         self.directory = directory / "checkpoints"
         self.world, self.keep = world, keep
+        self._at: int | None = None  # the step on disk, or on its way there, that the state last stood at
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._alone = threading.Event()
 
     def save(self, state: TrainState) -> None:
         """Copy the state now and write it in the background; the one before is waited for."""
         self.wait()
-        name = f"step_{state.step:08d}"
-        if (self.directory / name).exists():
+        if state.step == self._at:  # not asked of the disk: all ranks must give the same answer
             return
+        self._at = state.step
+        name = f"step_{state.step:08d}"
         # Clones: the thread must not see what the next step makes of them.
         model = (
             {k: v.detach().cpu().clone() for k, v in state.model.state_dict().items()}
@@ -109,7 +111,8 @@ class Saver:
                 return
             files = ["model.safetensors"]
             files += [f"rank_{r}.{kind}" for r in range(self.world.size) for kind in ("safetensors", "json")]
-            self._await_ranks(part)
+            if not self._await_ranks(part):
+                return
             store.write_json(
                 part / "manifest.json",
                 {"format": store.FORMAT, "files": {f: store.entry(part / f) for f in files}},
@@ -123,20 +126,31 @@ class Saver:
         for old in self.found()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _await_ranks(self, part: Path) -> None:
+    def give_up(self) -> None:
+        """Wait for no other rank's part any more: after an error here they may be gone."""
+        self._alone.set()
+
+    def _await_ranks(self, part: Path) -> bool:
+        """Whether all ranks have written their parts."""
         deadline = time.monotonic() + RANK_FILES_SECONDS
         for r in range(self.world.size):
             while not (part / f"rank_{r}.json").exists():
+                if self._alone.is_set():
+                    return False
                 if time.monotonic() > deadline:
                     raise ValueError(f"rank {r} did not write its part of {part.name}")
                 time.sleep(0.05)
+        return True
 
     def found(self) -> list[Path]:
         """Complete checkpoints, newest first."""
         return sorted(self.directory.glob("step_????????"), reverse=True)
 
     def resume(self, state: TrainState) -> bool:
-        """Bring the state to the newest checkpoint that is as it was written; False if there is none."""
+        """Bring the state to the newest checkpoint that is as it was written; False if there is none.
+
+        Damaged ones that are newer lose their names, or they would stand in the way of what is saved next.
+        """
         if self.world.is_first and self.directory.exists():
             for part in self.directory.glob("*.part"):
                 shutil.rmtree(part, ignore_errors=True)
@@ -145,15 +159,26 @@ class Saver:
         if step < 0:
             return False
         self._load(self.directory / f"step_{step:08d}", state)
+        self._at = step
         return True
 
     def _newest_good(self) -> int:
-        """The step of the newest checkpoint that is as it was written, or -1."""
+        """The step of the newest checkpoint that is as it was written, or -1. A damaged one costs minutes if
+        another is whole, and is deleted; if none is, they hold all there was, and are kept under another
+        name."""
+        aside: list[Path] = []
         for folder in self.found():
             reason = damage(folder)
             if reason is None:
+                for damaged in aside:
+                    shutil.rmtree(damaged, ignore_errors=True)
                 return int(folder.name.removeprefix("step_"))
             print(f"checkpoint {folder.name} is damaged ({reason}); going back to the one before", flush=True)
+            aside.append(folder.with_name(f"{folder.name}.damaged"))
+            shutil.rmtree(aside[-1], ignore_errors=True)
+            folder.replace(aside[-1])
+        if aside:
+            print(f"no checkpoint is whole; they stay in {self.directory} as *.damaged", flush=True)
         return -1
 
     def _load(self, folder: Path, state: TrainState) -> None:
@@ -189,8 +214,11 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.exists() or path.stat().st_size != want["size"]:
             return f"{name} is not whole"
-        if store.sha256(path) != want["sha256"]:
-            return f"{name} has changed"
+        try:
+            if store.sha256(path) != want["sha256"]:
+                return f"{name} has changed"
+        except OSError as error:  # a disk that cannot read what it holds
+            return f"{name}: {error.strerror}"
     return None
 
 

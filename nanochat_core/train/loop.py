@@ -4,13 +4,16 @@ import contextlib
 import json
 import math
 import signal
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from nanochat_core import store
@@ -32,6 +35,9 @@ PEAK_FLOPS = {  # dense bf16, nominal
     "RTX 4090": 165e12,
     "B200": 2250e12,
 }
+
+
+RECENT_STEPS = 50  # that the time left is reckoned from
 
 
 class Hook(NamedTuple):
@@ -75,6 +81,7 @@ def fit(
         if resumed:
             print(f"going on from the checkpoint at step {state.step} of {steps}", flush=True)
     runner = _Runner(job, world, state, compile)
+    runner.rows = rows_that_fit(job, world, runner.rows)
     with stop_signals() as stopping:
         while True:
             try:
@@ -102,7 +109,10 @@ def fit(
                 print(f"{fault}; going back to the last checkpoint and passing over that batch", flush=True)
                 saver.wait()
                 state.skip = skip
-                saver.resume(state)  # there is one: the first was made at step 0
+                if not saver.resume(state):  # to go on would repeat data on weights that have seen it
+                    raise ValueError(
+                        f"{fault}, and no checkpoint is whole to go back to; run it again, from step 0"
+                    ) from None
                 if world.is_first:
                     rewind_metrics(job.path / "metrics.jsonl", state.step, keep=True)
 
@@ -124,6 +134,7 @@ def _run(
     stream = batches(state)
     saved = time.monotonic()
     peak = peak_flops(world)
+    pace: deque[float] = deque(maxlen=RECENT_STEPS)
     place: Callable[[], dict[str, object]] = lambda: state.cursor  # noqa: E731
     try:
         while True:
@@ -158,7 +169,11 @@ def _run(
                 batch = next(stream)
             count, tokens = world.sum(batch.count, batch.inputs.numel())
             state.optimizer.zero_grad()
-            loss = world.sum(runner.backward(batch, count))[0]
+            rows = runner.rows
+            mine = runner.backward(batch, count)
+            if runner.rows != rows:
+                keep_rows(job, world, runner.rows)
+            loss = world.sum(mine)[0]
             grad_norm = state.optimizer.reduce()
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise Fault(
@@ -180,13 +195,21 @@ def _run(
             place = batch.cursor
             if world.is_first:
                 seconds = time.monotonic() - began
+                pace.append(seconds)
                 rate = flops_per_token * tokens / seconds
                 row: dict[str, float] = {"loss": loss, "lr": lr, "grad_norm": round(grad_norm, 6)}
                 row |= {"tokens_per_s": round(tokens / seconds, 1), "tflops": round(rate / 1e12, 5)}
                 if peak:
                     row["mfu"] = round(rate / (peak * world.size), 4)
-                    row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+                # The median: the first step compiles, and one in many waits for a disk.
+                row["eta_s"] = round(statistics.median(pace) * (steps - state.step), 2)
+                row["memory_gb"] = round(memory_gb(world), 2)
                 job.record(step=state.step, steps=steps, **row, **batch.notes)
+    except (Fault, Interrupted):
+        raise
+    except BaseException:
+        saver.give_up()
+        raise
     finally:
         if isinstance(stream, Generator):
             stream.close()  # ends the thread that reads ahead
@@ -212,18 +235,18 @@ class _Runner:
     def backward(self, batch: Batch, count: float) -> float:
         """Gradients of the batch's loss over `count`; gives this rank's share of the loss."""
         while True:
-            try:
+            # What follows happens after the exception is gone: its traceback holds the failed pass's tensors.
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
                 return self._backward(batch, count)
-            except torch.cuda.OutOfMemoryError:
-                rows = self.rows or batch.inputs.size(0)
-                if rows == 1:
-                    raise ValueError(
-                        "one row of a batch does not fit in the device's memory; use a smaller model"
-                    ) from None
-                self.rows = -(-rows // 2)
-                print(f"out of memory; going on with {self.rows} rows at a time", flush=True)
-                torch.cuda.empty_cache()
-                self.optimizer.zero_grad()
+            rows = self.rows or batch.inputs.size(0)
+            if rows == 1:
+                raise ValueError(
+                    "one row of a batch does not fit in the device's memory; use a smaller model"
+                )
+            self.rows = -(-rows // 2)
+            print(f"out of memory; going on with {self.rows} rows at a time", flush=True)
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
 
     def _backward(self, batch: Batch, count: float) -> float:
         device = self.world.device
@@ -239,6 +262,44 @@ class _Runner:
             torch.autograd.backward(total)
             losses.append(total.detach())
         return float(torch.stack(losses).double().sum())
+
+
+def rows_path(job: Job, world: World) -> Path:
+    return job.path / "checkpoints" / f"rows_{world.rank}.json"
+
+
+def device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+
+
+def keep_rows(job: Job, world: World, rows: int) -> None:
+    """Note how many rows fit, so that an attempt after this one neither runs out of memory nor compiles
+    twice."""
+    path = rows_path(job, world)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    asked = job.runtime.device_batch.get(job.stage, 0)
+    store.write_json(path, {"device": device_name(world), "asked": asked, "rows": rows})
+
+
+def rows_that_fit(job: Job, world: World, asked: int) -> int:
+    """The rows asked for (0: the whole batch), or the fewer that an earlier attempt found to fit this device.
+    Who asks for more than that attempt did is given it."""
+    path = rows_path(job, world)
+    if not path.exists():
+        return asked
+    known = json.loads(path.read_text())
+    more = known["asked"] != 0 and (asked == 0 or asked > known["asked"])
+    if known["device"] != device_name(world) or more:
+        return asked
+    fitted = int(known["rows"])
+    return min(asked or fitted, fitted)
+
+
+def memory_gb(world: World) -> float:
+    """The most that the device has held, or what the process holds where it computes itself."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 1e9
+    return float(psutil.Process().memory_info().rss) / 1e9
 
 
 def rewind_metrics(path: Path, step: int, *, keep: bool) -> None:

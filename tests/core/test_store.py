@@ -38,6 +38,12 @@ def test_a_finished_artefact_verifies_and_lists_what_it_holds(artefact: Path, tm
     assert not (artefact / "checkpoints").exists()
 
 
+def test_a_metric_that_is_not_finite_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="val_bpb came out as inf"):
+        store.commit(tmp_path, tmp_path, {"val_bpb": float("inf")}, set(), 1.0, {}, None, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unfinished_directory_is_no_artefact(tmp_path: Path) -> None:
     assert store.verify(tmp_path, tmp_path) is None
     assert store.verify(tmp_path / "nowhere", tmp_path) is None

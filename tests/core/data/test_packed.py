@@ -48,17 +48,72 @@ def take(shards: list[Shard], tokenizer: Tokenizer, n: int, **options: object) -
     return [batch for batch, _ in zip(stream, range(n), strict=False)]
 
 
-def test_an_epoch_holds_every_token_of_every_document_once(shards: list[Shard], tokenizer: Tokenizer) -> None:
-    found = rows(take(shards, tokenizer, 10_000, rows=1, epochs=1)).flatten()
+@pytest.mark.parametrize(("per_batch", "size"), [(1, 1), (7, 1), (500, 1), (4, 2)])
+def test_an_epoch_teaches_every_token_of_every_document_once(
+    per_batch: int, size: int, shards: list[Shard], tokenizer: Tokenizer
+) -> None:
+    """Also where one batch is more than there is; what is filled up has that shape and counts for nothing."""
+    found: dict[int, int] = {}
+    for rank in range(size):
+        for batch in take(shards, tokenizer, 10_000, rows=per_batch, epochs=1, rank=rank, size=size):
+            assert batch.inputs.shape == batch.targets.shape == batch.weights.shape == (per_batch, T)
+            assert torch.equal(batch.weights, (batch.targets >= 0).float())
+            assert batch.count == batch.weights.sum() > 0
+            for token in batch.targets[batch.targets >= 0].tolist():
+                found[token] = found.get(token, 0) + 1
+    found.pop(tokenizer.bos)
     words: dict[int, int] = {}
     for s in shards:
         for text in pq.read_table(s.path).column("text").to_pylist():
             for token in tokenizer.encode(text):
                 words[token] = words.get(token, 0) + 1
-    counted = {t: int((found == t).sum()) for t in words}
-    lost = sum(words.values()) - sum(counted.values())
-    assert 0 <= lost <= T  # the last row of an epoch is not handed out half full
-    assert all(counted[t] <= words[t] for t in words)
+    assert found == words
+
+
+def slowly(documents: list[list[int]], bos: int, buffer_docs: int) -> list[list[int]]:
+    """The rule of packing, in so many words, up to the row that the documents do not fill."""
+    waiting, buffer, done = list(enumerate(documents)), list[tuple[int, list[int]]](), list[list[int]]()
+    while True:
+        row: list[int] = []
+        while len(row) < T + 1:
+            while waiting and len(buffer) < buffer_docs:
+                buffer.append(waiting.pop(0))
+            if not buffer:
+                return done
+            room = T + 1 - len(row)
+            fitting = [piece for piece in buffer if len(piece[1]) + 1 <= room]
+            arrival, tokens = (
+                max(fitting, key=lambda piece: (len(piece[1]), piece[0])) if fitting else min(buffer)
+            )
+            buffer.remove((arrival, tokens))
+            row += [bos, *tokens[: room - 1]]
+            if not fitting:
+                buffer.append((arrival, tokens[room - 1 :]))
+        done.append(row)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), buffer_docs=st.integers(1, 12))
+def test_rows_are_filled_by_the_longest_that_fits_or_else_the_oldest(
+    lengths: list[int], buffer_docs: int, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    texts = ["".join(chr(97 + (i + j) % 26) for j in range(n)) for i, n in enumerate(lengths)]
+    one = [shard(tmp_path, "x.parquet", texts, 1)]
+    found = rows(take(one, tokenizer, 10_000, rows=1, epochs=1, buffer_docs=buffer_docs)).tolist()
+    expected = slowly([tokenizer.encode(text) for text in texts], tokenizer.bos, buffer_docs)
+    assert found[: len(expected)] == expected and len(found) <= len(expected) + 1
+
+
+def test_documents_much_longer_than_a_row_end_and_make_room(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Shaved down together, none would end before all do, and nothing new would come in until then."""
+    texts = [f"{i} " + "jumps over a lazy dog " * 12 for i in range(200)]
+    length = sum(len(tokenizer.encode(text)) for text in texts) / len(texts)
+    assert length > 5 * T
+    long = [shard(tmp_path, "x.parquet", texts, 1)]
+    steps = [batch.cursor()["arrivals"] for batch in take(long, tokenizer, 100, rows=1, buffer_docs=50)]
+    assert steps[-1] - 50 > 0.9 * 100 * T / length
+    waits = [steps.count(arrivals) for arrivals in set(steps)]
+    assert max(waits) < 2 * length / T  # rows between two arrivals
 
 
 def test_every_row_begins_with_bos(shards: list[Shard], tokenizer: Tokenizer) -> None:
@@ -87,9 +142,7 @@ def test_ranks_share_the_documents_out(tmp_path: Path, tokenizer: Tokenizer) -> 
     documents = [f"{chr(97 + i)}" * 40 for i in range(20)]
     only = [shard(tmp_path, "x.parquet", documents, 7)]
     seen = [
-        tokenizer.decode(
-            rows(take(only, tokenizer, 100, rows=1, epochs=1, rank=r, size=2)).flatten().tolist()
-        )
+        tokenizer.decode(rows(take(only, tokenizer, 12, rows=1, rank=r, size=2)).flatten().tolist())
         for r in range(2)
     ]
     letters = [{c for c in text if c.islower() and c not in "bos"} for text in seen]
@@ -99,6 +152,16 @@ def test_ranks_share_the_documents_out(tmp_path: Path, tokenizer: Tokenizer) -> 
 def test_a_short_corpus_means_more_epochs_and_never_a_hang(tmp_path: Path, tokenizer: Tokenizer) -> None:
     only = [shard(tmp_path, "x.parquet", ["fox"], 1)]
     assert len(take(only, tokenizer, 20)) == 20
+
+
+@pytest.mark.parametrize(("documents", "rank", "size"), [(["", "", ""], 0, 1), (["fox jumps", ""], 1, 2)])
+def test_nothing_but_empty_documents_is_an_error_and_never_a_hang(
+    documents: list[str], rank: int, size: int, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    only = [shard(tmp_path, "x.parquet", documents, 1)]
+    with pytest.raises(ValueError, match=f"all documents of rank {rank} of {size} are empty"):
+        take(only, tokenizer, 1, rank=rank, size=size)
+    assert take(only, tokenizer, 1, rank=rank, size=size, epochs=1) == []
 
 
 def test_no_documents_is_an_error_and_so_are_too_many_ranks(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -1,7 +1,9 @@
 """Checkpoints under bad conditions: cut short anywhere, changed, of another shape, on a full disk."""
 
+import dataclasses
 import errno
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from tinytrain import WORLD, tiny_model
 
+from nanochat_core import store
 from nanochat_core.optim.schedule import Rates
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train import checkpoint
@@ -47,14 +50,16 @@ def test_the_newest_is_found(two: tuple[Path, TrainState], fresh: Fresh) -> None
 
 @pytest.mark.parametrize("name", ["model.safetensors", "rank_0.safetensors", "rank_0.json", "manifest.json"])
 def test_a_file_cut_short_anywhere_leads_to_the_one_before(
-    name: str, two: tuple[Path, TrainState], fresh: Fresh
+    name: str, two: tuple[Path, TrainState], fresh: Fresh, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    file = two[0] / "checkpoints" / "step_00000002" / name
-    data = file.read_bytes()
+    folder = two[0] / "checkpoints" / "step_00000002"
+    whole = shutil.copytree(folder, tmp_path_factory.mktemp("whole") / folder.name)
+    data = (folder / name).read_bytes()
     for size in sorted(
         {0, 1, 8, len(data) // 2, len(data.rstrip()) - 1}
     ):  # a missing last newline changes nothing
-        file.write_bytes(data[:size])
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        (folder / name).write_bytes(data[:size])
         assert resumed(two[0], fresh).step == 1, size
 
 
@@ -64,6 +69,71 @@ def test_one_flipped_bit_leads_to_the_one_before(two: tuple[Path, TrainState], f
     data[-100] ^= 4
     file.write_bytes(data)
     assert resumed(two[0], fresh).step == 1
+
+
+def cut(directory: Path, *steps: int) -> None:
+    for step in steps:
+        file = directory / "checkpoints" / f"step_{step:08d}" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:100])
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "checkpoints").iterdir())
+
+
+def test_a_damaged_one_is_written_again_when_its_step_comes(
+    two: tuple[Path, TrainState], fresh: Fresh
+) -> None:
+    cut(two[0], 2)
+    state, saver = fresh(), Saver(two[0], WORLD, keep=2)
+    assert saver.resume(state) and state.step == 1
+    state.step = 2
+    saver.save(state)
+    saver.wait()
+    assert names(two[0]) == ["step_00000001", "step_00000002"]
+    assert resumed(two[0], fresh).step == 2
+
+
+def test_after_all_were_damaged_the_new_ones_are_kept(
+    two: tuple[Path, TrainState], fresh: Fresh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut(two[0], 1, 2)
+    state, saver = fresh(), Saver(two[0], WORLD, keep=2)
+    assert not saver.resume(state)
+    assert "no checkpoint is whole; they stay in" in capsys.readouterr().out
+    for _ in range(2):
+        saver.save(state)
+        state.step += 1
+    saver.wait()
+    assert names(two[0]) == [  # what there was is not deleted: somebody may want to look
+        "step_00000000", "step_00000001", "step_00000001.damaged", "step_00000002.damaged"
+    ]  # fmt: skip
+    assert resumed(two[0], fresh).step == 1
+
+
+def test_a_disk_that_cannot_read_one_leads_to_the_one_before(
+    two: tuple[Path, TrainState], fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = store.sha256
+
+    def sick(path: Path) -> str:
+        if path.parent.name == "step_00000002":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(store, "sha256", sick)
+    assert resumed(two[0], fresh).step == 1
+
+
+def test_saving_one_step_twice_writes_once(tmp_path: Path, fresh: Fresh) -> None:
+    """The second time is not asked of the disk, where the ranks would see different things."""
+    state, saver = fresh(), Saver(tmp_path, WORLD, keep=2)
+    saver.save(state)
+    saver.wait()
+    shutil.rmtree(tmp_path / "checkpoints")
+    saver.save(state)
+    saver.wait()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_folder_never_completed_is_not_a_checkpoint(two: tuple[Path, TrainState], fresh: Fresh) -> None:
@@ -117,3 +187,12 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path: Path, fresh: Fresh)
         state.model.lm_head.weight.add_(1.0)  # the next step, while the thread may still write
     saver.wait()
     assert torch.equal(resumed(tmp_path, fresh).model.lm_head.weight, before)
+
+
+def test_a_rank_that_is_gone_is_not_waited_for(tmp_path: Path, fresh: Fresh) -> None:
+    saver = Saver(tmp_path, dataclasses.replace(WORLD, size=2), keep=5)
+    saver.save(fresh())
+    began = time.monotonic()
+    saver.give_up()
+    saver.wait()
+    assert time.monotonic() - began < 60 and saver.found() == []

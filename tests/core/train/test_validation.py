@@ -1,107 +1,68 @@
-"""Validation in the middle of training sees the model as it will be used, not as it trains."""
+"""Validation in pretraining: as much text as there is, and an error before any training if there is none."""
 
 import json
+import math
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from tinytrain import tiny_model
+from tinytrain import documents
 
-from nanochat_core.data.documents import MANIFEST, Shard
-from nanochat_core.eval import bpb
-from nanochat_core.model.gpt import write_config
+from nanochat_core.data.batch import Batch
+from nanochat_core.eval.bpb import bits_per_byte
 from nanochat_core.stage import Job, Runtime
-from nanochat_core.stages import pretrain, sft
+from nanochat_core.stages import pretrain
+from nanochat_core.store import sha256
 from nanochat_core.tokenizer.bpe import Tokenizer
-from nanochat_core.train import chat
-from nanochat_core.train.checkpoint import save_model
-from nanochat_core.train.loop import _Runner
-from nanochat_core.train.ranks import pick_dtype
 
 
-@pytest.fixture
-def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """What was done with the model, and whether it was in training mode then, in order."""
-    seen: list[tuple[str, bool]] = []
-    measure, backward = bpb.bits_per_byte, _Runner.backward
+def job_over(base: Path, tokenizer: Tokenizer, validation: list[str]) -> Job:
+    """A pretraining of two steps, 16 rows of 64 each."""
 
-    def measured(loss: Any, *args: Any, **kwargs: Any) -> float:
-        seen.append(("validated", loss.__self__.training))
-        return measure(loss, *args, **kwargs)
+    def shard(name: str, texts: list[str]) -> dict[str, object]:
+        path = base / "downloads" / name
+        pq.write_table(pa.table({"text": texts}), path)
+        known = {"size": 0, "sha256": sha256(path), "rows": len(texts), "row_groups": 1}
+        return {"name": name, "path": name} | known
 
-    def trained(runner: Any, *args: Any) -> float:
-        seen.append(("trained", runner.loss.__self__.training))
-        return backward(runner, *args)
-
-    monkeypatch.setattr(bpb, "bits_per_byte", measured)
-    monkeypatch.setattr(chat, "bits_per_byte", measured)
-    monkeypatch.setattr(_Runner, "backward", trained)
-    return seen
-
-
-def job_of(stage: str, config: Any, inputs: dict[str, Path], base: Path) -> Job:
-    path = base / stage / "job"
-    path.mkdir(parents=True)
-    runtime = Runtime(base_dir=base, device="cpu", precision="fp8", threads=1, compile=False)
-    return Job(stage, config, inputs, path, runtime, "f" * 20)
-
-
-EXPECTED = [("validated", False), ("trained", True), ("trained", True), ("validated", False)]
-
-
-def test_pretraining_in_8_bits_validates_without_them(
-    tmp_path: Path,
-    shards: list[Shard],
-    tokenizer: Tokenizer,
-    modes: list[tuple[str, bool]],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    text = tmp_path / "text"
-    text.mkdir()
-    entries = [shard._asdict() | {"path": str(shard.path)} for shard in shards]
-    manifest = {"train": entries[:1], "validation": entries[1:]}
-    (text / MANIFEST).write_text(json.dumps(manifest))
-    tokenizer.save(text)
+    for folder in ("downloads", "shards/s", "tokenizer/t", "pretrain/p"):
+        (base / folder).mkdir(parents=True)
+    tokenizer.save(base / "tokenizer/t")
+    listed = {"train": [shard("a", documents(400))], "validation": [shard("b", validation)]}
+    (base / "shards/s/shards.json").write_text(json.dumps(listed))
     config = pretrain.Config(
-        depth=2,
-        aspect=16,
-        head_dim=16,
-        sequence_len=32,
-        total_batch=64,
-        steps=2,
-        eval_every=0,
-        eval_tokens=64,
-        prompts=(),
+        depth=1, aspect=32, head_dim=32, sequence_len=64, total_batch=16 * 64, steps=2, prompts=()
     )
-    pretrain.run(config, job_of("pretrain", config, {"text": text, "tokenizer": text}, tmp_path))
-    assert modes == EXPECTED
-    assert "emulated on a CPU" in capsys.readouterr().out
+    inputs = {"text": base / "shards/s", "tokenizer": base / "tokenizer/t"}
+    runtime = Runtime(base_dir=base, compile=False, threads=1, precision="fp32")
+    return Job("pretrain", config, inputs, base / "pretrain/p", runtime, "p")
 
 
-def test_fine_tuning_in_8_bits_validates_without_them(
-    tmp_path: Path, tokenizer: Tokenizer, modes: list[tuple[str, bool]]
+def test_less_text_than_one_batch_is_validated_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    job = job_over(tmp_path, tokenizer, documents(4))
+    found = pretrain.run(job.config, job)
+    assert 0 < float(found["val_bpb"] or 0) < float(found["val_bpb_start"] or 0) < 10
+
+
+def test_validation_text_without_a_token_is_refused_before_any_training(
+    tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    at = tmp_path / "model"
-    at.mkdir()
-    model = tiny_model(tokenizer, T=128)
-    tokenizer.save(at)
-    write_config(at, model.config, tokenizer.fingerprint)
-    save_model(at, model)
-    config = sft.Config(mixture={"capitals": 8}, total_batch=128, steps=2, eval_every=0, eval_rows=4)
-    sft.run(config, job_of("sft", config, {"model": at, "tokenizer": at}, tmp_path))
-    assert modes == EXPECTED
+    job = job_over(tmp_path, tokenizer, ["", ""])
+    with pytest.raises(ValueError, match="nothing to validate on"):
+        pretrain.run(job.config, job)
+    assert not (job.path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(("capability", "refused"), [((8, 0), True), ((8, 9), False), ((12, 1), False)])
-def test_hardware_without_8_bit_products_is_refused_before_any_work(
-    capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    runtime = Runtime(base_dir=Path(), precision="fp8")
-    if refused:
-        with pytest.raises(ValueError, match=r"A100 \(sm80\) cannot multiply in 8 bits"):
-            pick_dtype(runtime, torch.device("cuda"))
-    else:
-        assert pick_dtype(runtime, torch.device("cuda")) == torch.bfloat16
+def test_a_loss_that_is_not_finite_is_no_result() -> None:
+    ones = torch.ones((1, 4), dtype=torch.long)
+    batch = Batch(ones, ones, ones.float(), 4.0, dict)
+    with pytest.raises(ValueError, match="not finite"):
+        bits_per_byte(
+            lambda idx, targets, weights: (weights.sum(), torch.full(idx.shape, math.nan)),
+            [batch],
+            torch.ones(2),
+            device=torch.device("cpu"),
+            total=lambda *values: list(values),
+        )
