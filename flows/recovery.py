@@ -9,7 +9,6 @@ processes bear the run's id.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import socket
@@ -38,6 +37,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import Abort
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed
 
+from flows.whose import WORKERS, worker_name
 from nanochat_core import plan as plans
 from nanochat_core import store
 
@@ -53,7 +53,6 @@ FRESH = timedelta(days=1)  # a run that crashed before that has been left lying 
 LONG_DUE = timedelta(days=1)
 PATIENCE = 5  # crashes in a row at one and the same point, before a run is given up
 CUTS = 50  # the same for power cuts: a run is not to blame for them, unless it trips the fuse each time
-WORKERS = "nanochat-"  # how the names of our workers begin
 GONE = "its process is gone"
 LIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 Evidence = Literal["alive", "gone", "elsewhere"]
@@ -80,12 +79,6 @@ def default_base_dir() -> Path:
 
 def folder(base_dir: Path) -> Path:
     return base_dir / "prefect" / "flows"
-
-
-def worker_name(base_dir: Path) -> str:
-    """The name of a base directory's worker on this machine: Prefect labels each run with who took it."""
-    place = hashlib.sha256(str(base_dir.resolve()).encode()).hexdigest()[:8]  # a name may have no slash
-    return f"{WORKERS}{os.getuid()}-{socket.gethostname()}-{place}"
 
 
 @contextlib.contextmanager

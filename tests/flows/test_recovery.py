@@ -19,8 +19,9 @@ from prefect.states import AwaitingRetry, Cancelling, Completed, Crashed, Pendin
 from toys import PROFILE, Toy
 
 from flows import recovery
-from flows.recovery import Reconciler, boot_id, folder, present, worker_name
+from flows.recovery import Reconciler, boot_id, folder, present
 from flows.speedrun import speedrun
+from flows.whose import worker_name
 from nanochat_core import store
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -340,6 +341,14 @@ def test_a_second_process_of_a_run_ends_and_leaves_the_first_one_alone(
             pass
         left = recovery.read_record(toy.base_dir, run)
         assert left is not None and left.attempt == 1
+
+
+def test_a_workers_name_is_one_that_prefect_takes(toy: Toy) -> None:
+    from prefect.workers.process import ProcessWorker
+
+    name = worker_name(toy.base_dir)
+    assert ProcessWorker(work_pool_name="nanochat", name=name).name == name
+    assert worker_name(toy.base_dir / "other") != name
 
 
 def test_every_profile_has_its_deployment() -> None:
