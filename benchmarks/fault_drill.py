@@ -20,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from faults import FAULTS, INTERRUPTING, Drill, Made, set_clock
+from faults import FAULTS, INTERRUPTING, Drill, Made, NoEffect, set_clock
 from machine import Machine, Postgres, until
 
 from nanochat_core import plan as plans
@@ -105,6 +106,18 @@ def wrong(drill: Drill) -> str | None:
     return None
 
 
+def strike(fault: Made, drill: Drill, rng: random.Random, deadline: float) -> bool:
+    """Make a fault as soon as there is something to break; False if the run was over before."""
+    while time.monotonic() < deadline and not drill.over():
+        fault.stage, fault.begin = drill.machine.stage() or "between stages", time.monotonic()
+        try:
+            fault.detail = FAULTS[fault.kind](drill, rng)
+            return True
+        except NoEffect:
+            time.sleep(0.2)
+    return False
+
+
 def one_run(drill: Drill, number: int, kinds: list[str], rng: random.Random) -> tuple[list[Made], str | None]:
     """A run with its faults, each at its drawn moment."""
     machine = drill.machine
@@ -133,15 +146,16 @@ def one_run(drill: Drill, number: int, kinds: list[str], rng: random.Random) -> 
         if drill.over():
             break  # too late: this fault is not counted, and drawn again
         fault = Made(kind, number, machine.stage() or "between stages")
-        begin = time.monotonic()
         try:
-            fault.detail = FAULTS[kind](drill, rng)
+            if not strike(fault, drill, rng, deadline):
+                break
         except RuntimeError as error:
             return [*made, fault], str(error)
         if kind in INTERRUPTING:
-            fault.resume = drill.resumed(begin)
+            fault.resume = drill.resumed(fault.begin)
         made.append(fault)
-        said = f" resumed after {fault.resume:.1f} s" if fault.resume is not None else ""
+        resumed = "not seen to resume" if fault.resume is None else f"resumed after {fault.resume:.1f} s"
+        said = f" {resumed}" if kind in INTERRUPTING else ""
         print(f"  run {number}  {fault.stage:<15}{kind:<24}{fault.detail}{said}", flush=True)
     return made, wrong(drill)
 
@@ -245,6 +259,17 @@ def drill_until(drill: Drill, args: argparse.Namespace) -> tuple[list[Made], dic
     return made, lost
 
 
+def by_stage(made: list[Made], stages: list[str]) -> None:
+    """A table of which fault struck which stage, a column for each kind."""
+    kinds = [kind for kind in FAULTS if any(fault.kind == kind for fault in made)]
+    print("\n" + "\n".join(f"{chr(65 + i)}  {kind}" for i, kind in enumerate(kinds)))
+    print(f"\n{'struck at':<16}" + "".join(f"{chr(65 + i):>4}" for i in range(len(kinds))))
+    counts = Counter((fault.stage, fault.kind) for fault in made)
+    for stage in stages:
+        print(f"{stage:<16}" + "".join(f"{counts[stage, kind] or '.':>4}" for kind in kinds))
+    print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -268,8 +293,8 @@ def main() -> None:
     begin = time.monotonic()
     with computer(args) as drill:
         made, lost = drill_until(drill, args)
-    head = ("fault", "made", "lost", "resumed after (median)", "(longest)")
-    print(f"\n{head[0]:<26}{head[1]:>5}{head[2]:>6}{head[3]:>25}{head[4]:>12}")
+    head = ("fault", "made", "lost", "seen to resume", "after (median)", "(longest)")
+    print(f"\n{head[0]:<26}{head[1]:>5}{head[2]:>6}{head[3]:>16}{head[4]:>16}{head[5]:>12}")
     table = {}
     for kind in FAULTS:
         faults = [fault for fault in made if fault.kind == kind]
@@ -279,8 +304,17 @@ def main() -> None:
         in_lost = sum(fault.run in lost for fault in faults)
         middle, longest = (statistics.median(resumed), max(resumed)) if resumed else (None, None)
         shown = [f"{seconds:.1f} s" if seconds is not None else "-" for seconds in (middle, longest)]
-        print(f"{kind:<26}{len(faults):>5}{in_lost:>6}{shown[0]:>25}{shown[1]:>12}")
-        table[kind] = {"made": len(faults), "lost": in_lost, "median_s": middle, "longest_s": longest}
+        seen = f"{len(resumed)} of {len(faults)}" if kind in INTERRUPTING else "-"
+        print(f"{kind:<26}{len(faults):>5}{in_lost:>6}{seen:>16}{shown[0]:>16}{shown[1]:>12}")
+        table[kind] = {
+            "made": len(faults),
+            "lost": in_lost,
+            "unseen": len(faults) - len(resumed) if kind in INTERRUPTING else None,
+            "median_s": middle,
+            "longest_s": longest,
+            "at": Counter(fault.stage for fault in faults),
+        }
+    by_stage(made, [*drill.plan.jobs, "between stages"])
     runs = {fault.run for fault in made}
     print(f"{len(made)} faults in {len(runs)} runs, {len(lost)} lost, {time.monotonic() - begin:.0f} s")
     for number, why in lost.items():

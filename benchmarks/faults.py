@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import time
@@ -27,8 +28,13 @@ class Made:
     kind: str
     run: int
     stage: str  # at work at that moment
+    begin: float = 0.0
     resume: float | None = None  # seconds until anything was recorded again
     detail: str = ""
+
+
+class NoEffect(Exception):
+    """There was nothing to break at that moment: the fault is not counted, and drawn again."""
 
 
 @dataclass
@@ -46,27 +52,34 @@ class Drill:
 
     # The faults. Each returns a word about what was done.
 
+    def hit(self, role: str, number: signal.Signals = signal.SIGKILL) -> int:
+        """Send a signal to what plays a role; how many there were."""
+        count = self.machine.kill(role, number=number)
+        if not count:
+            raise NoEffect(f"there was no {role}")
+        return count
+
     def kill_trainer(self, rng: random.Random) -> str:
-        return f"{self.machine.kill('stage')} killed"
+        return f"{self.hit('stage')} killed"
 
     def kill_flow(self, rng: random.Random) -> str:
-        return f"{self.machine.kill('flow')} killed"
+        return f"{self.hit('flow')} killed"
 
     def kill_worker(self, rng: random.Random) -> str:
-        return f"{self.machine.kill('worker')} killed"
+        return f"{self.hit('worker')} killed"
 
     def stop_worker(self, rng: random.Random) -> str:
-        return f"{self.machine.kill('worker', number=15)} told to stop"
+        return f"{self.hit('worker', number=signal.SIGTERM)} told to stop"
 
     def kill_server(self, rng: random.Random) -> str:
-        return f"{self.machine.kill('server')} killed"
+        return f"{self.hit('server')} killed"
 
     def kill_reconciler(self, rng: random.Random) -> str:
-        return f"{self.machine.kill('recovery')} killed"
+        return f"{self.hit('recovery')} killed"
 
     def kill_supervisor(self, rng: random.Random) -> str:
         """With it gone nothing is restarted; what it left must be found by the next one."""
-        self.machine.kill("supervisor")
+        self.hit("supervisor")
         killed = self.machine.kill(rng.choice(("server", "worker", "recovery")))
         self.machine.up()
         return f"and {killed} of its services"
@@ -81,16 +94,18 @@ class Drill:
 
     def server_away(self, rng: random.Random) -> str:
         """Connections are refused for a while: the supervisor sleeps, so nobody starts it again."""
-        self.machine.kill("supervisor", number=19)
-        self.machine.kill("server")
-        time.sleep(self.away)
-        self.machine.kill("supervisor", number=18)
+        self.hit("supervisor", number=signal.SIGSTOP)
+        try:
+            self.hit("server")
+            time.sleep(self.away)
+        finally:
+            self.machine.kill("supervisor", number=signal.SIGCONT)
         return f"for {self.away:.0f} s"
 
     def server_hangs(self, rng: random.Random) -> str:
-        self.machine.kill("server", number=19)
+        self.hit("server", number=signal.SIGSTOP)
         time.sleep(self.away)
-        self.machine.kill("server", number=18)
+        self.machine.kill("server", number=signal.SIGCONT)
         return f"for {self.away:.0f} s"
 
     def cancel(self, rng: random.Random) -> str:
@@ -111,19 +126,21 @@ class Drill:
         took = until(lambda: self.machine.state(self.run)["type"] in final, 120, every=1)
         state = self.machine.state(self.run)
         filler.unlink(missing_ok=True)
+        if took is None or state["type"] == "COMPLETED":
+            raise NoEffect("nobody wanted to write meanwhile")
         if state["type"] == "FAILED":
             self.retry()
-        return f"{state['name']} after {took or 120:.0f} s: {state['message']}"[:100]
+        return f"{state['name']} after {took:.0f} s: {state['message']}"[:100]
 
     def damage(self, rng: random.Random, kind: str) -> str:
         finished = sorted(path.parent for path in self.machine.base.glob("*/*/result.json"))
         if not finished:
-            return "nothing was finished yet"
+            raise NoEffect("nothing was finished yet")
         directory = rng.choice(finished)
         try:
             result = store.read_result(directory) or {"files": {}}
-        except store.Damaged:
-            return "it was damaged already"
+        except store.Damaged as damage:
+            raise NoEffect("it was damaged already") from damage
         files = [directory / name for name in [*result["files"], "result.json"]]
         files += [self.machine.base / name for name in result.get("shared", {})]
         victim = rng.choice([path for path in files if path.is_file() and path.stat().st_size])

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Machine:
             "NANOCHAT_BASE_DIR": str(self.base),
             "PREFECT_HOME": str(root / "prefect"),
             "PREFECT_API_URL": "",
+            "NANOCHAT_BOOT_ID": str(uuid.uuid4()),  # ours until the power goes
             "OMP_NUM_THREADS": "1",
         } | env
 
@@ -116,10 +118,11 @@ class Machine:
         return len(found)
 
     def power_cut(self) -> int:
-        """Everything ends at once; what was being started meanwhile, too."""
+        """All ends at once, and what was being started meanwhile. What starts next is of another boot."""
         killed = 0
         while found := self.kill():
             killed += found
+        self.env["NANOCHAT_BOOT_ID"] = str(uuid.uuid4())
         return killed
 
     def stage(self) -> str | None:

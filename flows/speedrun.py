@@ -1,5 +1,6 @@
 """The flow: one task run per row of the table, cached by fingerprint as long as the disk agrees."""
 
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -10,7 +11,7 @@ from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.client.schemas.objects import State
 from prefect.exceptions import CancelledRun, TerminationSignal
-from prefect.states import Cancelled, Completed
+from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
 
 from flows import downloads
@@ -69,6 +70,35 @@ def speedrun(
         accept_cost: go on although more than an hour of finished training would be left unused
     """
     root = Path(base_dir).expanduser().absolute() if base_dir else default_base_dir()
+    with present(root, str(runtime.flow_run.id), runtime.flow_run.run_count):
+        try:
+            return train(profile, overrides, rerun, until, root, accept_cost)
+        except (StageFailed, ValueError) as error:
+            if runtime.deployment.id is None:  # the command that started it tells what to do
+                raise
+            command = ["nanochat", "run", profile, "--base-dir", str(root)]
+            for override in overrides:
+                command += ["--set", override]
+            words = str(error) + (way_on(shlex.join(command)) if isinstance(error, StageFailed) else "")
+            get_run_logger().error(words)
+            return Failed(message=words)
+
+
+def way_on(command: str) -> str:
+    """What somebody who reads of a failed stage can do about it."""
+    again = f"prefect flow-run retry {runtime.flow_run.id}"
+    return f"\nto go on from here: press Retry in the UI, or: {again}, or: {command}"
+
+
+def train(
+    profile: str,
+    overrides: Sequence[str],
+    rerun: Sequence[str],
+    until: str | None,
+    root: Path,
+    accept_cost: bool,
+) -> dict[str, Metrics] | State[Any]:
+    """The body of the flow."""
     plan = plans.load(profile, overrides, base_dir=root, rerun=rerun, until=until)
     token = request.get() or str(runtime.flow_run.id)
     verdicts = plans.explain(plan)
@@ -124,7 +154,6 @@ def speedrun(
         return todo
 
     with (
-        present(root, str(runtime.flow_run.id)),
         following(plan, screen.say if screen else log.warning) as copies,
         Cancellation() as cancellation,
     ):

@@ -124,6 +124,7 @@ def test_a_run_survives_a_power_cut_and_a_restart_of_the_services_with_nobody_in
     for process in cut:
         process.send_signal(signal.SIGKILL)
     at = machine.step()
+    machine.env["NANOCHAT_BOOT_ID"] = "the one after the power cut"
     machine.up()
     begin = time.monotonic()
     until(lambda: machine.step() > at, 120)

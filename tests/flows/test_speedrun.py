@@ -9,7 +9,14 @@ from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import Artifact, FlowRun, State, TaskRun
 from prefect.states import Cancelling
 from toys import PROFILE, Toy
@@ -130,6 +137,29 @@ def test_a_stage_that_fails_fails_the_run_and_keeps_what_was_done(toy: Toy) -> N
     with pytest.raises(StageFailed):
         state.result()
     assert plans.explain(toy.plan())["pretrain"].state == "hit"
+
+
+def test_a_workers_run_that_fails_says_in_a_sentence_what_and_how_to_go_on(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "one")  # where a worker starts it
+    failed = run(toy, "mid.fail_at=2")
+    again = f"prefect flow-run retry {flow_run_of(failed).id}"
+    command = f"nanochat run {PROFILE} --base-dir {toy.base_dir} --set mid.fail_at=2"
+    assert failed.is_failed() and "the loss is not finite at step 2" in (failed.message or "")
+    assert (failed.message or "").endswith(f"press Retry in the UI, or: {again}, or: {command}")
+    refused = run(toy, "pretrain.deph=3")
+    assert (
+        refused.is_failed() and "deph" in (refused.message or "") and "Retry" not in (refused.message or "")
+    )
+    with get_client(sync_client=True) as client:
+        for _ in range(100):
+            logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_of(refused).id])))
+            if logs:
+                break
+            time.sleep(0.1)
+    assert any(line.message == refused.message for line in logs)
+    assert not any("Traceback" in line.message for line in logs)
 
 
 def test_dear_work_is_not_left_unused_unless_accepted(toy: Toy) -> None:
