@@ -54,6 +54,8 @@ class Runtime(BaseModel):
     # training; worth it from depth 20 on. An older GPU than sm89 is refused, a CPU emulates it and says so.
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     compile: bool = True  # torch.compile for training; False is slower and starts at once
+    # On CUDA: gradients without atomics, as a resumed run's bits want it. What that costs is unmeasured.
+    deterministic: bool = True
     device_batch: dict[str, int] = {}  # rows of one forward pass, by stage; what does not fit is halved
     save_minutes: float = Field(10.0, gt=0)  # a training stage saves at least this often
     save_steps: int | None = Field(None, ge=1)  # and, if set, every so many steps

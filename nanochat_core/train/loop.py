@@ -22,6 +22,7 @@ from nanochat_core.optim.schedule import Schedule
 from nanochat_core.stage import Interrupted, Job, Metrics
 from nanochat_core.train.checkpoint import Saver, TrainState
 from nanochat_core.train.ranks import World
+from nanochat_core.train.repeatable import repeatable
 
 Batches = Callable[[TrainState], Iterator[Batch]]
 """Makes the stream of batches that follows a state's cursor; asked again after a fault sent the run back."""
@@ -221,6 +222,7 @@ class _Runner:
 
     def __init__(self, job: Job, world: World, state: TrainState, compile: bool) -> None:
         self.world = world
+        self.runtime, self.compiled = job.runtime, compile
         self.rows = job.runtime.device_batch.get(
             job.stage, 0
         )  # 0: the whole batch, halved while it does not fit
@@ -236,7 +238,10 @@ class _Runner:
         """Gradients of the batch's loss over `count`; gives this rank's share of the loss."""
         while True:
             # What follows happens after the exception is gone: its traceback holds the failed pass's tensors.
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            with (
+                contextlib.suppress(torch.cuda.OutOfMemoryError),
+                repeatable(self.world.device, self.runtime.deterministic, self.compiled),
+            ):
                 return self._backward(batch, count)
             rows = self.rows or batch.inputs.size(0)
             if rows == 1:
