@@ -50,7 +50,9 @@ def run(
     guard_cost(plan, verdicts, yes)
     token = str(uuid.uuid4())
     try:
-        if all(verdict.state == "hit" for verdict in verdicts.values()) and not server.configured():
+        if all(verdict.state == "hit" for verdict in verdicts.values()) and not server.address(
+            plan.runtime.base_dir
+        ):
             remember(plan)  # nothing to do, and nobody to tell but the mirror
             say(f"cached     {', '.join(plan.jobs)}")
             with following(plan, say) as copies:
