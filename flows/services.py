@@ -66,6 +66,8 @@ def up(base_dir: Path, port: int | None = None) -> str:
     if now is None:
         if own and not alive(where, "server") and taken(own):
             raise ValueError(f"port {own} is taken by another program; name another: nanochat up --port PORT")
+        if not own:
+            refuse_other_base(base_dir, url)
         process = start_supervisor(base_dir, url, own)
     try:
         deadline = time.monotonic() + STARTUP_SECONDS
@@ -79,7 +81,7 @@ def up(base_dir: Path, port: int | None = None) -> str:
                 raise ConnectionError(f"no Prefect server answers at {url}; {what}")
             time.sleep(0.5)
         os.environ["PREFECT_API_URL"] = url
-        register(base_dir, url, own > 0)
+        register(base_dir, own > 0)
     except BaseException:
         if process is not None:  # half of it up is worse than nothing: the next `up` would rely on it
             process.terminate()
@@ -139,7 +141,7 @@ def start_supervisor(base_dir: Path, url: str, port: int) -> "subprocess.Popen[b
         )
 
 
-def register(base_dir: Path, url: str, own: bool) -> None:
+def register(base_dir: Path, own: bool) -> None:
     """The work pool, one run at a time on this machine, and a deployment for each profile."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -164,7 +166,7 @@ def register(base_dir: Path, url: str, own: bool) -> None:
             "--no-prompt",
             "deploy",
             "--prefect-file",
-            str(deployments(base_dir, url, own)),
+            str(deployments(base_dir, own)),
             "--all",
         ],
         capture_output=True,
@@ -176,16 +178,21 @@ def register(base_dir: Path, url: str, own: bool) -> None:
         raise RuntimeError(f"the deployments could not be registered:\n{(done.stdout + done.stderr)[-2000:]}")
 
 
-def deployments(base_dir: Path, url: str, own: bool) -> Path:
+def refuse_other_base(base_dir: Path, url: str) -> None:
+    """No worker of ours at a server that another `nanochat up` keeps for its own base directory."""
+    keeps = None
+    with contextlib.suppress(OSError, ValueError):  # none there yet, or it does not say
+        keeps = ask(url, "deployments/name/speedrun/tiny")["parameters"].get("base_dir")
+    if keeps not in (None, str(base_dir)):
+        raise ValueError(
+            f"the server at {url} is that of {keeps}; unset PREFECT_API_URL, or say --base-dir {keeps}"
+        )
+
+
+def deployments(base_dir: Path, own: bool) -> Path:
     """The deployments to register. Those of our own server name the base directory, so that its runs are in
     there whichever worker takes them; a server of many machines leaves that to each worker."""
     if not own:
-        with contextlib.suppress(OSError, ValueError):  # none there yet, or it does not say
-            found = ask(url, "deployments/name/speedrun/tiny")["parameters"].get("base_dir")
-            if found not in (None, str(base_dir)):
-                raise PermissionError(
-                    f"the server at {url} keeps {found}; unset PREFECT_API_URL, or use --base-dir {found}"
-                )
         return DEPLOYMENTS
     import yaml
 
@@ -311,6 +318,8 @@ def supervise(base_dir: Path, url: str, port: int) -> int:
                     again.pop(name, None)
                     started[name] = service(name, command, where, env)
             time.sleep(0.5)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         # An `up` that comes now waits for our end, and starts another.
         store.write_json(where / "supervisor.json", note._replace(pid=0, start=0)._asdict())
         end_all(base_dir)
