@@ -81,7 +81,7 @@ def up(base_dir: Path, port: int | None = None) -> str:
                 raise ConnectionError(f"no Prefect server answers at {url}; {what}")
             time.sleep(0.5)
         os.environ["PREFECT_API_URL"] = url
-        register(base_dir, own > 0)
+        register(base_dir if own else None)
     except BaseException:
         if process is not None:  # half of it up is worse than nothing: the next `up` would rely on it
             process.terminate()
@@ -141,7 +141,7 @@ def start_supervisor(base_dir: Path, url: str, port: int) -> "subprocess.Popen[b
         )
 
 
-def register(base_dir: Path, own: bool) -> None:
+def register(base_dir: Path | None = None) -> None:
     """The work pool, one run at a time on this machine, and a deployment for each profile."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -166,7 +166,7 @@ def register(base_dir: Path, own: bool) -> None:
             "--no-prompt",
             "deploy",
             "--prefect-file",
-            str(deployments(base_dir, own)),
+            str(deployments(base_dir)),
             "--all",
         ],
         capture_output=True,
@@ -189,10 +189,11 @@ def refuse_other_base(base_dir: Path, url: str) -> None:
         )
 
 
-def deployments(base_dir: Path, own: bool) -> Path:
+def deployments(base_dir: Path | None) -> Path:
     """The deployments to register. Those of our own server name the base directory, so that its runs are in
-    there whichever worker takes them; a server of many machines leaves that to each worker."""
-    if not own:
+    there whichever worker takes them; a server of many machines (no base directory) leaves that to each
+    worker."""
+    if base_dir is None:
         return DEPLOYMENTS
     import yaml
 

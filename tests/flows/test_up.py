@@ -198,11 +198,11 @@ def test_up_on_another_port_says_where_it_is_up_already(base: Path) -> None:
 
 
 def test_deployments_of_our_own_server_name_the_base_directory(base: Path) -> None:
-    path = services.deployments(base, own=True)
+    path = services.deployments(base)
     flows = yaml.safe_load(path.read_text())["deployments"]
     given = [one["parameters"]["base_dir"] for one in flows if one["entrypoint"].endswith("speedrun")]
     assert len(given) > 5 and set(given) == {str(base)}
-    assert services.deployments(base, own=False) == services.DEPLOYMENTS
+    assert services.deployments(None) == services.DEPLOYMENTS
 
 
 def test_up_does_not_join_the_server_of_another_base_directory(
