@@ -1,4 +1,5 @@
-"""The embedded Prefect server of a run started by hand: a process that lives exactly as long as the run.
+"""Which Prefect server is spoken to: the one configured, the one that `nanochat up` keeps for this base
+directory, or else, for a run started by hand, an embedded one that lives exactly as long as the run.
 
 Prefect's own ephemeral server shares our process group, so that Ctrl-C ends it before the run could tell it
 anything; and it outlives a run that is killed. Ours has a session of its own, dies with its parent, and
@@ -7,6 +8,7 @@ serves the UI.
 
 import atexit
 import base64
+import http.client
 import json
 import os
 import socket
@@ -15,12 +17,15 @@ import sys
 import time
 import tomllib
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat_core import store
 from nanochat_core.launch import die_with_parent
+from nanochat_core.orphans import process as process_now
+from nanochat_core.status import at_work
 
 STARTUP_SECONDS = 120.0  # a fresh database on a slow disk takes 20
 SETTINGS = {
@@ -47,20 +52,81 @@ def configured() -> str | None:
     return str(url) if url else None
 
 
+class Supervisor(NamedTuple):
+    """What the supervisor of a base directory notes of itself; the note outlives it."""
+
+    pid: int
+    start: int  # in ticks since boot: a number that is given again is another process
+    url: str
+    port: int  # of its own server; 0 if it uses one that is somewhere else
+    systemd: str | None  # the command that stops it, if it is a unit's
+
+    def lives(self) -> bool:
+        now = process_now(self.pid)
+        return now is not None and now.start == self.start
+
+
+def services_folder(base_dir: Path) -> Path:
+    return base_dir / "prefect" / "services"
+
+
+def last_supervisor(base_dir: Path) -> Supervisor | None:
+    """The supervisor that was here last, alive or not; None if there was none, or its note cannot be read."""
+    try:
+        return Supervisor(**json.loads((services_folder(base_dir) / "supervisor.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def supervised(base_dir: Path) -> Supervisor | None:
+    """The supervisor at work here, if there is one."""
+    last = last_supervisor(base_dir)
+    if last is None or not last.lives():
+        return None
+    return last if at_work(services_folder(base_dir) / "supervisor.lock") else None
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two addresses are of one server, however this machine is called in them."""
+    a, b = urllib.parse.urlsplit(one), urllib.parse.urlsplit(other)
+    return (a.port, local(one) or a.hostname) == (b.port, local(other) or b.hostname)
+
+
+def local(url: str) -> bool:
+    return urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def address(base_dir: Path) -> str | None:
+    """The API to speak to; None if there is none yet. The one configured may be the one that `up` advised to
+    export: it counts for as long as `up` keeps it."""
+    named, last = configured(), last_supervisor(base_dir)
+    ours = last is not None and last.port > 0 and named is not None and same(named, last.url)
+    if named is not None and not ours:
+        return named
+    now = supervised(base_dir)
+    return now.url if now is not None else None
+
+
 def prepare(base_dir: Path) -> str:
-    """Settle what Prefect must know before its import, and start a server if none is set; its API's address.
+    """Settle what Prefect must know before its import, and start a server if there is none; its API's
+    address.
 
     The server ends when this process does: registered before Prefect's own last words, so after them.
     """
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
     share_password()
-    url = configured()
+    url = address(base_dir)
     if url:
-        if not healthy(url):
-            raise ConnectionError(
-                f"the Prefect server at {url} does not answer; start it, or unset PREFECT_API_URL"
-            )
+        now = supervised(base_dir)
+        ours = now is not None and now.port > 0 and now.url == url
+        deadline = time.monotonic() + (STARTUP_SECONDS if ours else 0)  # `up` may be starting it just now
+        while not healthy(url):
+            if time.monotonic() > deadline:
+                what = "see nanochat doctor" if ours else "start it, or unset PREFECT_API_URL"
+                raise ConnectionError(f"the Prefect server at {url} does not answer; {what}")
+            time.sleep(0.5)
+        os.environ["PREFECT_API_URL"] = url
         return url
     folder = base_dir / "prefect"
     folder.mkdir(exist_ok=True)
@@ -100,10 +166,10 @@ def share_password() -> None:
 def healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
+            return json.load(answer) is True
     except urllib.error.HTTPError as refused:
-        return refused.code < 500  # it is there, and wants a key
-    except (urllib.error.URLError, OSError):
+        return refused.code in (401, 403)  # it is there, and wants a key
+    except (OSError, ValueError, http.client.HTTPException):  # nobody, or not a Prefect server
         return False
 
 

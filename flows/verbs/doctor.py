@@ -53,15 +53,10 @@ def doctor(
 
 def service_lines(base_dir: Path) -> "list[Line]":
     """What `nanochat up` keeps running. A run by hand needs none of it, so nothing here fails."""
-    from flows.server import configured, healthy
-    from flows.services import folder
+    from flows.server import address, healthy
     from nanochat_core.doctor import Line
-    from nanochat_core.status import at_work
 
-    up = at_work(folder(base_dir) / "supervisor.lock")
-    url = configured()
-    if url is None and up:
-        url = str(json.loads((folder(base_dir) / "supervisor.json").read_text())["url"])
+    url = address(base_dir)
     remedy = "nanochat up, or at boot: nanochat install-services"
     if url is None:
         return [Line("Prefect", "ok", "not up; a run by hand brings its own server")]

@@ -44,7 +44,9 @@ def status(
         start = with_base(f"nanochat run {profile or 'cpu-demo'}", base_dir)
         raise ValueError(f"there is no {what} in {root} yet; try: {start}")
     found = standings(root, jobs)
+    runs = running(root)
     if as_json:
+        in_prefect = {run: str(said) for run, said in runs.items()}
         stages = {
             s.stage: {
                 "state": s.state,
@@ -57,7 +59,7 @@ def status(
             }
             for s in found
         }
-        print(json.dumps({"profile": name, "stages": stages, "prefect": running(root)}, indent=1))
+        print(json.dumps({"profile": name, "stages": stages, "prefect": in_prefect}, indent=1))
         return
 
     def words(s: "Standing") -> str:
@@ -69,13 +71,16 @@ def status(
         ["stage", "state", "took", ""],
         [[s.stage, s.state, span(s.seconds) if s.seconds is not None else "", words(s)] for s in found],
     )
-    for run, said in running(root).items():
+    for run, said in runs.items():
         print(f"in Prefect: {run}  {said}")
     states = {s.state for s in found}
+    mine = [said for said in runs.values() if said.profile == name]  # at work, or between two stages
     if states == {"done"}:
         print(f"next: {with_base('nanochat chat', base_dir)}")
-    elif "running" in states:
+    elif "running" in states or mine:
         print(f"at work; look again: {with_base(f'nanochat status {name}', base_dir)}")
+        for one in mine:
+            print(f"to end it: PREFECT_API_URL={one.api} prefect flow-run cancel {one.id}")
     else:
         print(f"to go on: {with_base(f'nanochat run {name}', base_dir)} (with the same --set options)")
 

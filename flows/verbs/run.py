@@ -52,7 +52,9 @@ def run(
     refuse_loopback(plan.runtime)
     token = str(uuid.uuid4())
     try:
-        if all(verdict.state == "hit" for verdict in verdicts.values()) and not server.configured():
+        if all(verdict.state == "hit" for verdict in verdicts.values()) and not server.address(
+            plan.runtime.base_dir
+        ):
             remember(plan)  # nothing to do, and nobody to tell but the mirror
             say(f"cached     {', '.join(plan.jobs)}")
             with following(plan, say) as copies:

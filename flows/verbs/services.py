@@ -10,7 +10,10 @@ from flows.verbs.shared import HOME, BaseDir, resolved, say, usable, with_base
 
 def up(
     base_dir: BaseDir = HOME,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="of the Prefect server and its UI")] = 4200,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="of the Prefect server and its UI; 4200 if none is named"),
+    ] = None,
 ) -> None:
     """Start the Prefect server, a worker and the reconciler, and register a deployment for each profile."""
     from flows import services
@@ -24,5 +27,6 @@ def down(base_dir: BaseDir = HOME) -> None:
     """End what `up` started. A run at work saves, and goes on after the next `up`."""
     from flows import services
 
-    say("down" if services.down(resolved(base_dir)) else "nothing was up", out=sys.stdout)
+    ended = services.down(resolved(base_dir))
+    say(f"down: {', '.join(ended)}" if ended else "nothing was up", out=sys.stdout)
     say(f"next: {with_base('nanochat up', base_dir)}", out=sys.stdout)

@@ -189,3 +189,22 @@ def test_training_goes_on_while_the_server_is_away_and_a_killed_supervisor_leave
     assert attempts.read_text().count('"started"') == 1  # it never noticed
     machine.nanochat("down")
     until(lambda: machine.processes() == [], 30)
+
+
+def test_up_goes_by_its_own_note_and_down_ends_a_flow_whose_worker_was_replaced(machine: Machine) -> None:
+    machine.up()
+    machine.env["PREFECT_API_URL"] = machine.api  # as `up` advises
+    assert machine.nanochat("down").startswith("down: recovery, worker, server")
+    machine.nanochat("up")
+    assert machine.find("prefect server start") and f"up: {machine.api[:-4]} " in machine.nanochat("up")
+    run = machine.start("pretrain.steps=3000", until="pretrain")
+    until(lambda: machine.step() >= 20, 120)
+    assert machine.ask(f"flow_runs/{run}")["parameters"]["base_dir"] == str(machine.base)
+    (worker,) = machine.find("worker start")
+    worker.kill()
+    until(lambda: len(machine.find("worker start")) == 1, 60)
+    said = machine.nanochat("down")
+    assert "a run, pretrain (kept at step " in said
+    until(lambda: machine.processes() == [], 10)
+    (attempts,) = machine.base.glob("pretrain/*/attempts.jsonl")
+    assert json.loads(attempts.read_text().splitlines()[-1])["why"] == "interrupted"
