@@ -47,7 +47,9 @@ STARTING_SECONDS = (
     60.0  # between a run's being taken and its process: two imports of Prefect on a busy machine
 )
 GONE_SECONDS = 20.0  # for the worker to say it first: it knows the exit code
-CRASHED_SECONDS = 3.0  # for a worker that has said it to let go of the run
+# A worker says that a process ended, has hooks run for ten seconds or more, and only then lets go of the run;
+# one put back meanwhile is crashed again, or ends the worker that finds it twice in its hands.
+CRASHED_SECONDS = 20.0
 PROBE_SECONDS = 2.0  # a reconciler that looks whether a lock is free holds it for a moment
 FRESH = timedelta(days=1)  # a run that crashed before that has been left lying by somebody
 LONG_DUE = timedelta(days=1)
