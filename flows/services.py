@@ -29,6 +29,7 @@ from flows.server import (
     share_password,
     supervised,
 )
+from flows.whose import worker_name
 from nanochat_core import orphans, store
 from nanochat_core.plan import saved_step
 from nanochat_core.status import at_work
@@ -281,7 +282,7 @@ def supervise(base_dir: Path, url: str, port: int) -> int:
     python = [sys.executable, "-m"]
     worker = f"prefect worker start --pool {POOL} --type process --limit 1 --install-policy never".split()
     commands = {
-        "worker": [*python, *worker],
+        "worker": [*python, *worker, "--name", worker_name(base_dir)],  # by which its runs are known
         "recovery": [*python, "flows.recovery"],
     }
     if port:
