@@ -46,7 +46,7 @@ from flows.recovery import present
 base, run, stage = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 job = base / "pretrain" / run / "job.json"
 job.parent.mkdir(parents=True)
-with present(base, run):
+with present(base, run, 1):
     env = os.environ | {"NANOCHAT_PARENT": str(os.getpid())}
     child = subprocess.Popen([sys.executable, "-c", stage, "nanochat_core.launch", str(job)], env=env)
     def end(*_):
