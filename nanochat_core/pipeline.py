@@ -25,7 +25,14 @@ WORK = (
     Stage("shards", shards),
     Stage("tokenizer", tokenizer, reads={"text": "shards_head"}),
     Stage("tokenizer_eval", tokenizer_eval, reads={"text": "shards", "tokenizer": "tokenizer"}),
-    Stage("pretrain", pretrain, reads={"text": "shards", "tokenizer": "tokenizer"}, ranks="all", device=True),
+    Stage(
+        "pretrain",
+        pretrain,
+        reads={"text": "shards", "tokenizer": "tokenizer"},
+        ranks="all",
+        device=True,
+        version=2,  # 2: packing cuts the oldest document
+    ),
     Stage(
         "base_loss",
         base_loss,
