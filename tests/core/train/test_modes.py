@@ -1,17 +1,16 @@
 """Validation in the middle of training sees the model as it will be used, not as it trains."""
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tinytrain import tiny_model
+from tinytrain import documents, job_in, pretraining_over, tiny_model
 
-from nanochat_core.data.documents import MANIFEST, Shard
 from nanochat_core.eval import bpb
 from nanochat_core.model.gpt import write_config
-from nanochat_core.stage import Job, Runtime
+from nanochat_core.stage import Runtime
 from nanochat_core.stages import pretrain, sft
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train import chat
@@ -40,41 +39,14 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     return seen
 
 
-def job_of(stage: str, config: Any, inputs: dict[str, Path], base: Path) -> Job:
-    path = base / stage / "job"
-    path.mkdir(parents=True)
-    runtime = Runtime(base_dir=base, device="cpu", precision="fp8", threads=1, compile=False)
-    return Job(stage, config, inputs, path, runtime, "f" * 20)
-
-
 EXPECTED = [("validated", False), ("trained", True), ("trained", True), ("validated", False)]
 
 
 def test_pretraining_in_8_bits_validates_without_them(
-    tmp_path: Path,
-    shards: list[Shard],
-    tokenizer: Tokenizer,
-    modes: list[tuple[str, bool]],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, tokenizer: Tokenizer, modes: list[tuple[str, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = tmp_path / "text"
-    text.mkdir()
-    entries = [shard._asdict() | {"path": str(shard.path)} for shard in shards]
-    manifest = {"train": entries[:1], "validation": entries[1:]}
-    (text / MANIFEST).write_text(json.dumps(manifest))
-    tokenizer.save(text)
-    config = pretrain.Config(
-        depth=2,
-        aspect=16,
-        head_dim=16,
-        sequence_len=32,
-        total_batch=64,
-        steps=2,
-        eval_every=0,
-        eval_tokens=64,
-        prompts=(),
-    )
-    pretrain.run(config, job_of("pretrain", config, {"text": text, "tokenizer": text}, tmp_path))
+    job = pretraining_over(tmp_path, tokenizer, documents(40), precision="fp8")
+    pretrain.run(job.config, job)
     assert modes == EXPECTED
     assert "emulated on a CPU" in capsys.readouterr().out
 
@@ -89,7 +61,9 @@ def test_fine_tuning_in_8_bits_validates_without_them(
     write_config(at, model.config, tokenizer.fingerprint)
     save_model(at, model)
     config = sft.Config(mixture={"capitals": 8}, total_batch=128, steps=2, eval_every=0, eval_rows=4)
-    sft.run(config, job_of("sft", config, {"model": at, "tokenizer": at}, tmp_path))
+    job = job_in(tmp_path / "sft", device="cpu", precision="fp8", threads=1)
+    job = dataclasses.replace(job, stage="sft", config=config, inputs={"model": at, "tokenizer": at})
+    sft.run(config, job)
     assert modes == EXPECTED
 
 
