@@ -8,7 +8,6 @@ MODEL_DIRECTORY is a trained stage's or an exported model's. Wants Chromium; not
 import argparse
 import contextlib
 import json
-import shutil
 import socket
 import threading
 import time
@@ -16,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
-from playwright.sync_api import Browser, Page, sync_playwright
+from browser import chromium
+from playwright.sync_api import Browser, Page
 
 from nanochat_core.chat.load import load_chat
 from nanochat_core.chat.web import about, create_app
@@ -151,14 +151,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "chat")
     options = parser.parse_args()
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        parser.error("Chromium is not installed; on Debian: apt install chromium")
     options.out.mkdir(parents=True, exist_ok=True)
-    with served(options.model) as (url, engine), sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with served(options.model) as (url, engine), chromium(parser) as browser:
         all_states(Pictures(browser, url, options.out), engine)
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from browser import chromium
+from playwright.sync_api import Page
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from machine import Machine, until
@@ -52,7 +53,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "prefect")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     root = Path(tempfile.mkdtemp(prefix="nanochat-pictures-"))
     machine = Machine(root, OMP_NUM_THREADS="2")
     try:
@@ -60,15 +60,13 @@ def main() -> None:
         run = machine.start(options.profile)
         if until(lambda: machine.stage() == AT_WORK, 1800) is None:
             raise SystemExit(f"{AT_WORK} did not begin: {machine.state(run)}")
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        with chromium(parser) as browser:
             page = browser.new_page(viewport={"width": 1440, "height": 960})
             take(page, machine, run, options.out)
             until(lambda: machine.state(run)["type"] in ("COMPLETED", "FAILED", "CRASHED"), 1800, every=2)
             print(machine.state(run)["name"])
             settled(page, f"{machine.api.removesuffix('/api')}/runs/flow-run/{run}")
             page.screenshot(path=options.out / "done.png")
-            browser.close()
     finally:
         machine.down()
         machine.power_cut()

@@ -6,10 +6,10 @@
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from browser import chromium
+from playwright.sync_api import Page
 
 WIDTH = 900
 END = "h2:has-text('task by task')"  # of the first tables
@@ -31,16 +31,11 @@ def main() -> None:
     parser.add_argument("--stage", default="pretrain")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "report")
     options = parser.parse_args()
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        parser.error("Chromium is not installed; on Debian: apt install chromium")
     options.out.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with chromium(parser) as browser:
         page = browser.new_page(viewport={"width": WIDTH, "height": 800})
         page.goto(options.report.resolve().as_uri())
         take(page, options.stage, options.out)
-        browser.close()
 
 
 if __name__ == "__main__":
