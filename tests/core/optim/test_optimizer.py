@@ -1,5 +1,7 @@
 """Muon against an SVD and against torch's own, AdamW against torch's own, and the schedules' bounds."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,15 @@ from hypothesis import strategies as st
 from nanochat_core.model.gpt import GPT, GPTConfig
 from nanochat_core.optim.adamw import adamw_update
 from nanochat_core.optim.groups import parameter_groups
-from nanochat_core.optim.muon import CLASSIC, POLAR_EXPRESS, Iteration, muon_update, new_state, orthogonalize
+from nanochat_core.optim.muon import (
+    CLASSIC,
+    POLAR_EXPRESS,
+    Iteration,
+    MuonState,
+    muon_update,
+    new_state,
+    orthogonalize,
+)
 from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates, Schedule
 
@@ -17,6 +27,12 @@ CPU = torch.device("cpu")
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def step_muon(p: torch.Tensor, grad: torch.Tensor, state: MuonState, **rates: Any) -> None:
+    """One update, of the modern kind in fp32 unless said otherwise; the gradient stays as it is."""
+    usual = {"modern": True, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0, "dtype": torch.float32}
+    muon_update(p, grad.clone(), state, **usual | rates)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (2, 16, 64), (1, 12, 1)])
@@ -54,17 +70,7 @@ def test_classic_muon_is_torchs_muon() -> None:
         grad = random(1, 24, 16, seed=step + 1)
         theirs.grad = grad[0].clone()
         reference.step()
-        muon_update(
-            p,
-            grad.clone(),
-            state,
-            modern=False,
-            lr=0.02,
-            momentum=0.95,
-            beta2=0.0,
-            weight_decay=0.0,
-            dtype=torch.bfloat16,
-        )
+        step_muon(p, grad, state, modern=False, lr=0.02, momentum=0.95, beta2=0.0, dtype=torch.bfloat16)
     # bf16 products of a batch round elsewhere than those of one matrix: a few of their last bits of 0.02.
     torch.testing.assert_close(p[0], theirs.detach(), atol=0.02 * 4 * 0.01, rtol=0)
 
@@ -89,17 +95,7 @@ def test_modern_muon_moves_every_matrix_by_the_same_amount() -> None:
     for m, n in ((16, 16), (64, 16), (16, 64)):
         p = torch.zeros(2, m, n)
         grad = random(2, m, n) * torch.tensor([1.0, 1e4])[:, None, None]
-        muon_update(
-            p,
-            grad,
-            new_state(2, m, n, CPU),
-            modern=True,
-            lr=1.0,
-            momentum=0.9,
-            beta2=0.9,
-            weight_decay=0.0,
-            dtype=torch.float32,
-        )
+        step_muon(p, grad, new_state(2, m, n, CPU), lr=1.0)
         expected = min(m, n) ** 0.5 * max(1.0, m / n) ** 0.5
         torch.testing.assert_close(p.norm(dim=(1, 2)), torch.full((2,), expected), rtol=1e-3, atol=0)
 
@@ -109,17 +105,7 @@ def test_cautious_decay_shrinks_only_what_the_update_shrinks_too() -> None:
     grad = random(1, 8, 8)
     before, decayed = p.clone(), p.clone()
     for q, decay in ((p, 0.0), (decayed, 0.3)):
-        muon_update(
-            q,
-            grad.clone(),
-            new_state(1, 8, 8, CPU),
-            modern=True,
-            lr=0.01,
-            momentum=0.9,
-            beta2=0.9,
-            weight_decay=decay,
-            dtype=torch.float32,
-        )
+        step_muon(q, grad, new_state(1, 8, 8, CPU), lr=0.01, weight_decay=decay)
     shrinks = p < before
     assert (decayed[shrinks] < p[shrinks]).all()
     assert torch.equal(decayed[~shrinks], p[~shrinks])
@@ -208,17 +194,7 @@ def test_modern_muon_is_its_plain_reading(shape: tuple[int, int]) -> None:
     expected = [plain_modern_muon(p[k], [g[k] for g in grads], 0.1, 0.9, 0.8, 0.3) for k in range(2)]
     state = new_state(2, m, n, CPU)
     for grad in grads:
-        muon_update(
-            p,
-            grad.clone(),
-            state,
-            modern=True,
-            lr=0.1,
-            momentum=0.9,
-            beta2=0.8,
-            weight_decay=0.3,
-            dtype=torch.float32,
-        )
+        step_muon(p, grad, state, lr=0.1, beta2=0.8, weight_decay=0.3)
     torch.testing.assert_close(p, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
