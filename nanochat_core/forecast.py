@@ -54,6 +54,8 @@ class Need(NamedTuple):
 def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, Forecast], str]:
     """Each row's share, from its last artefact, a calibration or its FLOPs; and the rate reckoned with."""
     results = earlier(plan)
+    model = plan.jobs.get("pretrain")
+    same_model = model is None or results.get("pretrain", {}).get("fingerprint") == model.fingerprint
     measured = kept(plan)
     rate, source = flops_rate(plan, results)
     speed = measured or assumed(plan, rate)
@@ -65,7 +67,7 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, For
         if verdict.state == "fetch":
             seconds = 0.0  # of work; what copying takes is the network's affair
         elif verdict.state != "hit":
-            if old is not None and (factor := growth(plan, name, old)) is not None:
+            if old is not None and (factor := growth(plan, name, old, same_model)) is not None:
                 seconds = old["seconds"] * factor
             elif speed is not None:
                 seconds, about = by_calibration(plan, name, speed)
@@ -92,7 +94,7 @@ def earlier(plan: Plan) -> dict[str, dict[str, Any]]:
         directory = plan.runtime.base_dir / name / fingerprint
         result, job = _result(directory), _job(directory)
         if result and job and all(job["runtime"].get(key) == getattr(plan.runtime, key) for key in HOW):
-            found[name] = result | {"config": job["config"]}
+            found[name] = result | {"config": job["config"], "fingerprint": fingerprint}
     return found
 
 
@@ -197,15 +199,13 @@ def _of_hub(plan: Plan) -> bool:
     return shape_of(plan) is not None and plan.jobs["assets"].config.source == "hub"
 
 
-def growth(plan: Plan, name: str, old: Mapping[str, Any]) -> float | None:
+def growth(plan: Plan, name: str, old: Mapping[str, Any], same_model: bool) -> float | None:
     """How much more work a stage is than it was, by the finest measure that both are known by; None if that
     is not to be told, as for an evaluation of another model."""
     facts, before = plan.facts(name), old["metrics"]
     if facts.get("flops") and before.get("flops"):
         return facts["flops"] / float(before["flops"])
-    model = latest_run(plan.runtime.base_dir, plan.profile) or {}
-    heavy = isinstance(plan.jobs[name].config, MEASURES) or _trains(plan, name)
-    if heavy and "pretrain" in plan.jobs and model.get("pretrain") != plan.jobs["pretrain"].fingerprint:
+    if not same_model and (isinstance(plan.jobs[name].config, MEASURES) or _trains(plan, name)):
         return None
     for key in ("tokens", "steps"):
         if facts.get(key) and before.get(key):
