@@ -77,7 +77,7 @@ def jobs(found: Sequence[psutil.Process]) -> list[Path]:
 
 
 def end(flows: Sequence[psutil.Process], at_work: Sequence[psutil.Process]) -> None:
-    """Tell flows to end, wait until they and the stages have saved, and make them after two minutes."""
+    """Tell flows to end, wait until they and the stages have saved, and make them after STOP_SECONDS."""
     for process in flows:
         with contextlib.suppress(psutil.Error):
             process.send_signal(signal.SIGTERM)
