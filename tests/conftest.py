@@ -19,7 +19,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory in which the real pipeline has run once, at its smallest. Leave it as it was found."""
     base = tmp_path_factory.mktemp("tiny") / "base"
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", "tiny", "--base-dir", str(base)],
+        [sys.executable, "-m", "nanochat_core.cli.main", "run", "tiny", "--base-dir", str(base)],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -36,7 +36,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Toy":
     """The toy table in this process and in each that it starts."""
     from toys import Toy, toy_table
 
-    from nanochat_core import launch, plan
+    from nanochat_core.runner import launch, plan
 
     table = toy_table()
     for module in (plan, launch):
@@ -56,7 +56,7 @@ def nanochat(tmp_path: Path) -> "Command":
         *words: str, env: dict[str, str] | None = None, **more: Any
     ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [sys.executable, "-m", "flows.cli", *words],
+            [sys.executable, "-m", "nanochat_core.cli.main", *words],
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from toys import PROFILE, TOY, Command, Toy
 
-from flows import cli
+from nanochat_core.cli import main
 
 P = str(PROFILE)
 TORCHLESS = "import sys; sys.modules['torch'] = None; sys.modules['prefect'] = None\n"
@@ -38,7 +38,7 @@ def here(toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     def run(*words: str) -> "subprocess.CompletedProcess[str]":
         monkeypatch.setattr(sys, "argv", ["nanochat", *words])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main.main()
         said = capsys.readouterr()
         return subprocess.CompletedProcess(words, int(end.value.code or 0), said.out, said.err)
 
@@ -49,11 +49,14 @@ def here(toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 def test_help_answers_at_once() -> None:
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "flows.cli", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "nanochat_core.cli.main", "--help"], capture_output=True, text=True
+    )
     took = time.monotonic() - begin
     assert done.returncode == 0 and "nanochat run cpu-demo" in done.stdout
     assert took < 2  # half a second on an idle machine; this is what a loaded one may add
-    code = "import sys, flows.cli; print([m for m in ('torch', 'prefect', 'pydantic') if m in sys.modules])"
+    heavy = ("torch", "prefect", "pydantic")
+    code = f"import sys, nanochat_core.cli.main; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -157,7 +160,9 @@ def test_one_stage_makes_what_it_reads_and_names_what_comes_next(nanochat: Comma
 
 def test_one_stage_needs_neither_prefect_nor_torch(tmp_path: Path) -> None:
     code = (
-        TORCHLESS + f"sys.argv = ['nanochat', 'stage', 'pretrain', {P!r}]\nfrom flows.cli import main; main()"
+        TORCHLESS
+        + f"sys.argv = ['nanochat', 'stage', 'pretrain', {P!r}]\n"
+        + "from nanochat_core.cli.main import main; main()"
     )
     env = os.environ | {"PYTHONPATH": str(TOY), "NANOCHAT_BASE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -178,7 +183,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(
     slow = ["stage", "pretrain", P, "--set", "pretrain.steps=500", "--set", "pretrain.pause=0.02"]
     env = os.environ | {"PYTHONPATH": str(TOY), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
     with subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *slow],
+        [sys.executable, "-m", "nanochat_core.cli.main", *slow],
         stderr=subprocess.PIPE,
         text=True,
         env=env,
