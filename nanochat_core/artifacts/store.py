@@ -37,8 +37,9 @@ class Newer(ValueError):
     """An artefact was written by a later version of this program."""
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a power cut, never sees half of it."""
+def write_whole(path: Path, data: bytes | str, *, sync: bool = True) -> None:
+    """Write a file so that a reader, or a power cut, never sees half of it. Without `sync` a power cut may
+    undo the rename until somebody syncs the directory."""
     # Several processes, and threads of one, may write the same record at once.
     part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     with part.open("wb") as f:
@@ -46,11 +47,12 @@ def write_whole(path: Path, data: bytes | str) -> None:
         f.flush()
         os.fsync(f.fileno())
     part.replace(path)
-    sync_directory(path.parent)
+    if sync:
+        sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n", sync=sync)
 
 
 def sync_directory(path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,6 +44,14 @@ class TrainState:
     )  # batches to pass over, by their number, for their loss was not finite
 
 
+class Fault(Exception):
+    """A loss, a validation or a tensor of the state that cannot be trusted, found after taking in `batch`."""
+
+    def __init__(self, what: str, batch: int) -> None:
+        super().__init__(what)
+        self.batch = batch
+
+
 class Saver:
     """Writes checkpoints of one stage and finds the newest good one."""
 
@@ -56,10 +64,12 @@ class Saver:
         self._alone = threading.Event()
 
     def save(self, state: TrainState) -> None:
-        """Copy the state now and write it in the background; the one before is waited for."""
+        """Copy the state now and write it in the background; the one before is waited for. Raises a Fault
+        instead if the state cannot be trusted."""
         self.wait()
         if state.step == self._at:  # not asked of the disk: all ranks must give the same answer
             return
+        self.inspect(state)
         self._at = state.step
         name = f"step_{state.step:08d}"
         # Clones: the thread must not see what the next step makes of them.
@@ -87,6 +97,13 @@ class Saver:
         self._writing = threading.Thread(target=write, name="checkpoint")
         self._writing.start()
 
+    def inspect(self, state: TrainState) -> None:
+        """Raise a Fault on all ranks if a tensor on any of them holds a value that is not finite."""
+        broken = not_finite(state.model.state_dict() | state.optimizer.state_dict())
+        if self.world.any(bool(broken)):
+            names = ", ".join(dict.fromkeys(self.world.gather(broken)))
+            raise Fault(f"at step {state.step} values of {names} are not finite", state.drawn - 1)
+
     def wait(self) -> None:
         """Until the checkpoint being written is on disk; its error, if it failed, is raised here."""
         if self._writing is not None:
@@ -106,7 +123,8 @@ class Saver:
             if first:
                 write_tensors(part / "model.safetensors", model)
             write_tensors(part / f"rank_{rank}.safetensors", optimizer)
-            store.write_json(part / f"rank_{rank}.json", record)
+            # The last thing a rank does in this folder: once all are there, the first renames it.
+            store.write_json(part / f"rank_{rank}.json", record, sync=False)
             if not first:
                 return
             files = ["model.safetensors"]
@@ -172,7 +190,7 @@ class Saver:
             if reason is None:
                 for damaged in aside:
                     shutil.rmtree(damaged, ignore_errors=True)
-                return int(folder.name.removeprefix("step_"))
+                return step_of(folder)
             print(f"checkpoint {folder.name} is damaged ({reason}); going back to the one before", flush=True)
             aside.append(folder.with_name(f"{folder.name}.damaged"))
             shutil.rmtree(aside[-1], ignore_errors=True)
@@ -181,15 +199,21 @@ class Saver:
             print(f"no checkpoint is whole; they stay in {self.directory} as *.damaged", flush=True)
         return -1
 
+    def discard(self, step: int) -> None:
+        """Delete the checkpoints from `step` on, so that an older one is resumed; none if no older one is
+        whole."""
+        if not self.world.is_first:
+            return
+        suspect = [folder for folder in self.found() if step_of(folder) >= step]
+        if any(damage(folder) is None for folder in self.found()[len(suspect) :]):
+            for folder in suspect:
+                print(f"deleting checkpoint {folder.name}: what follows it fails twice", flush=True)
+                shutil.rmtree(folder)
+
     def _load(self, folder: Path, state: TrainState) -> None:
-        rank = self.world.rank
-        if not (folder / f"rank_{rank}.json").exists() or (folder / f"rank_{self.world.size}.json").exists():
-            saved = len(list(folder.glob("rank_*.json")))
-            raise ValueError(
-                f"{folder} was saved by {saved} processes and this run has {self.world.size}; "
-                f"set runtime.nproc={saved} to go on from it"
-            )
-        record = json.loads((folder / f"rank_{rank}.json").read_text())
+        """What other ranks saved is divided anew if their number was another."""
+        saved = json.loads((folder / "rank_0.json").read_text())["ranks"]
+        records = [json.loads((folder / f"rank_{r}.json").read_text()) for r in range(saved)]
         try:
             weights = load_file(folder / "model.safetensors")
             with torch.no_grad():
@@ -197,11 +221,26 @@ class Saver:
                     tensor.copy_(weights[name])
         except (KeyError, RuntimeError):
             raise ValueError(f"{folder} holds a model of another shape than this stage's recipe") from None
-        state.optimizer.load_state_dict(
-            load_file(folder / f"rank_{rank}.safetensors"), record["optimizer_steps"]
-        )
+        parts = [safe_open(folder / f"rank_{r}.safetensors", "pt") for r in range(saved)]
+        record = records[self.world.rank % saved]
+        state.optimizer.load_state_dict([part.get_tensor for part in parts], record["optimizer_steps"])
         state.step, state.drawn, state.cursor = record["step"], record["drawn"], record["cursor"]
+        if saved != self.world.size:
+            if self.world.is_first:
+                print(f"{folder.name} was saved by {saved} ranks and is divided among {self.world.size}")
+            state.cursor = {"ranks": [record["cursor"] for record in records]}
         state.skip = sorted(set(record["skip"]) | set(state.skip))
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+@torch.no_grad()
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or infinity: their sums do too, and take one pass to read."""
+    finite = torch.stack([tensor.sum() for tensor in tensors.values()]).isfinite().tolist()
+    return [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
 
 
 def damage(folder: Path) -> str | None:
