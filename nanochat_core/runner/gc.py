@@ -10,7 +10,7 @@ from nanochat_core.pipeline import BY_NAME
 from nanochat_core.runner.launch import lock_path
 from nanochat_core.runner.status import at_work
 
-ASIDE = (".rerun", ".damaged", ".old", ".part")
+ASIDE = (".rerun", ".audit", ".damaged", ".old", ".part")
 
 
 class Unused(NamedTuple):

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanochat_core.artifacts import store
+from nanochat_core.artifacts import store, transcript
 from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT
 from nanochat_core.optim.optimizer import Optimizer
@@ -55,9 +56,19 @@ class Fault(Exception):
 class Saver:
     """Writes checkpoints of one stage and finds the newest good one."""
 
-    def __init__(self, directory: Path, world: World, keep: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        keep: int,
+        *,
+        precision: str = "fp32",
+        audits: int = 0,  # pairs to keep beside, evenly over so many steps:
+        steps: int = 1,
+    ) -> None:
         self.directory = directory / "checkpoints"
         self.world, self.keep = world, keep
+        self.precision, self.audits, self.steps = precision, audits, steps
         self._at: int | None = None  # the step on disk, or on its way there, that the state last stood at
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -131,18 +142,34 @@ class Saver:
             files += [f"rank_{r}.{kind}" for r in range(self.world.size) for kind in ("safetensors", "json")]
             if not self._await_ranks(part):
                 return
-            store.write_json(
-                part / "manifest.json",
-                {"format": store.FORMAT, "files": {f: store.entry(part / f) for f in files}},
-            )
+            listed = {f: store.entry(part / f) for f in files}
+            store.write_json(part / "manifest.json", {"format": store.FORMAT, "files": listed})
+            facts = {key: record[key] for key in ("step", "drawn", "skip", "ranks")}
+            facts |= transcript.hashes(listed)
+            facts |= {"precision": self.precision, "code": store.code_digest()}
+            facts |= {"host": socket.gethostname(), "time": round(time.time(), 3)}
+            transcript.append(self.directory.parent, facts)
             part.replace(self.directory / name)
             store.sync_directory(self.directory)
         except OSError:
             if first:  # a full disk must not stay full of what cannot be finished
                 shutil.rmtree(part, ignore_errors=True)
             raise
-        for old in self.found()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in reversed(self.found()[self.keep :]):
+            self._retire(old)
+
+    def _retire(self, folder: Path) -> None:
+        """Delete a checkpoint, or keep it for audits: each part of the run keeps its first two."""
+        audits = self.directory.with_name(store.AUDITS)
+
+        def part(one: Path) -> int:
+            return step_of(one) * self.audits // self.steps
+
+        if self.audits and sum(part(one) == part(folder) for one in audits.glob("step_*")) < 2:
+            audits.mkdir(exist_ok=True)
+            folder.replace(audits / folder.name)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def give_up(self) -> None:
         """Wait for no other rank's part any more: after an error here they may be gone."""

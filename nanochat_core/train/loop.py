@@ -65,7 +65,15 @@ def fit(
     further back; a third ends the run.
     """
     hooks = tuple(hooks)
-    saver = Saver(job.path, world, job.runtime.keep_checkpoints)
+    fp8 = job.runtime.precision == "fp8"
+    saver = Saver(
+        job.path,
+        world,
+        job.runtime.keep_checkpoints,
+        precision="fp8" if fp8 else str(world.dtype).removeprefix("torch."),
+        audits=job.runtime.audit_stretches,
+        steps=steps,
+    )
     resumed = saver.resume(state)
     if world.is_first:
         rewind_metrics(job.path / "metrics.jsonl", state.step, keep=resumed)
@@ -141,13 +149,15 @@ def _run(
         while True:
             if (
                 (job.runtime.save_steps and state.step % job.runtime.save_steps == 0)
-                or state.step in (0, steps)
+                or state.step in (0, steps, job.runtime.stop_step)
                 or any(hook.due(state.step, steps) for hook in hooks)
                 or world.any(time.monotonic() - saved > 60 * job.runtime.save_minutes)
             ):
                 state.cursor = place()
                 saver.save(state)
                 saved = time.monotonic()
+            if state.step == job.runtime.stop_step:
+                raise Interrupted
             for hook in hooks:
                 if hook.due(state.step, steps):
                     found = hook.action(state)
