@@ -7,27 +7,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from toys import Command, Toy
 
 TOY = Path(__file__).parent / "toy"
+TINY = Path(__file__).with_name("tiny.py")
+
+
+# Two workers on two cores: threads of one would only wait for those of the other. Before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Single files run in this process: a second one would cost more to start than it saves."""
+    if any("::" in arg or arg.endswith(".py") for arg in config.args):
+        return 0
+    return min(os.cpu_count() or 1, 8)  # each has torch in memory
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a Prefect server first: they stay with one worker, which starts one server."""
+    items.sort(key=lambda item: "prefect_server" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base directory in which the real pipeline has run once, at its smallest. Leave it as it was found."""
-    base = tmp_path_factory.mktemp("tiny") / "base"
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", "tiny", "--base-dir", str(base)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"PREFECT_API_URL": "", "PREFECT_HOME": str(base.parent / "prefect")},
-    )
-    assert done.returncode == 0, done.stderr
-    report = Path(done.stdout.splitlines()[-1].removeprefix("report: "))
-    assert report.name == "report.md" and report.is_file()
+    """A base directory in which the real pipeline has run once, at its smallest, for all workers. Leave it as
+    it was found."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    base, done = shared / "tiny" / "base", shared / "tiny" / "done"
+    with FileLock(shared / "tiny.lock"):
+        if not done.exists():
+            made = subprocess.run([sys.executable, TINY, base], capture_output=True, text=True)
+            assert made.returncode == 0, made.stderr
+            done.touch()
     return base
 
 
@@ -44,7 +61,6 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Toy":
     monkeypatch.setattr(plan, "STAGES", table.STAGES)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.02)
     monkeypatch.setenv("PYTHONPATH", str(TOY))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return Toy(tmp_path / "base")
 
 
