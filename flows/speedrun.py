@@ -16,18 +16,20 @@ from pydantic import Field
 
 from flows import downloads
 from flows.examine import examine
-from flows.published import publish_report
 from flows.recovery import default_base_dir, present
+from flows.report_page import publish_report
 from flows.watch import Cancellation, Watch
-from nanochat_core import inputs, nodes
-from nanochat_core import plan as plans
-from nanochat_core.copies import following
-from nanochat_core.last_words import log_tail
-from nanochat_core.launch import InputLost, StageFailed, insist, pending, result_of
+from nanochat_core.artifacts.progress import Row, span
+from nanochat_core.artifacts.stage import Interrupted, Metrics
 from nanochat_core.pipeline import STAGES
-from nanochat_core.plan import Plan
-from nanochat_core.progress import Row, Terminal, headline, span
-from nanochat_core.stage import Interrupted, Metrics
+from nanochat_core.report.headline import headline
+from nanochat_core.runner import inputs, rendezvous
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.exits import log_tail
+from nanochat_core.runner.launch import InputLost, StageFailed, insist, pending, result_of
+from nanochat_core.runner.plan import Plan
+from nanochat_core.runner.sync import following
+from nanochat_core.runner.terminal import Terminal
 
 REPAIRS = 5  # of artefacts damaged while a run was on its way; more than that is a broken disk
 DEAR_SECONDS = 3600.0  # finished work that a changed recipe may leave unused unless it is accepted
@@ -103,7 +105,7 @@ def train(
     token = request.get() or str(runtime.flow_run.id)
     verdicts = plans.explain(plan)
     refuse_cost(plan, verdicts, token, accept_cost)
-    nodes.refuse_loopback(plan.runtime)
+    rendezvous.refuse_loopback(plan.runtime)
     plans.remember(plan)
     log, screen = get_run_logger(), terminal.get()
     if plan.runtime.preflight and any(verdict.state != "hit" for verdict in verdicts.values()):

@@ -1,6 +1,6 @@
 """THE TABLE: every stage, in the order they run. Start reading here."""
 
-from nanochat_core.stage import Stage
+from nanochat_core.artifacts.stage import Stage
 from nanochat_core.stages import (
     assets,
     base_eval,

@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from nanochat_core import launch, plan, store
+from nanochat_core.artifacts import store
+from nanochat_core.runner import launch, plan
 
 
 def main(base_dir: Path) -> None:

@@ -8,8 +8,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from nanochat_core import launch, store
-from nanochat_core import plan as plans
+from nanochat_core.artifacts import store
+from nanochat_core.runner import launch
+from nanochat_core.runner import plan as plans
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 TOY = Path(__file__).parent / "toy"

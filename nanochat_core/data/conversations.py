@@ -10,7 +10,7 @@ import torch
 
 from nanochat_core.data.batch import Batch
 from nanochat_core.tokenizer.bpe import Tokenizer
-from nanochat_core.tokenizer.chat import Conversation, render_conversation
+from nanochat_core.tokenizer.render import Conversation, render_conversation
 
 BUFFER_CONVERSATIONS = 200  # to choose from
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nanochat_core.data.batch import Batch
-from nanochat_core.data.documents import Reader, Shard
+from nanochat_core.sources.documents import Reader, Shard
 from nanochat_core.tokenizer.bpe import Tokenizer
 
 BUFFER_DOCS = 1000  # documents to choose from

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat_core.artifacts.store import write_json, write_whole
 from nanochat_core.infer.model_card import model_card
 from nanochat_core.model.gpt import GPT, SOFTCAP, load_model, read_config, write_config
 from nanochat_core.model.shape import GPTConfig
-from nanochat_core.store import write_json, write_whole
 from nanochat_core.tokenizer.bpe import FILE, Tokenizer, load_tokenizer
 
 OURS = "nanochat"  # the key of config.json under which our own description stands beside transformers' one

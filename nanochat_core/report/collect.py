@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nanochat_core.progress import count, span
-from nanochat_core.published import D20, core_name
+from nanochat_core.artifacts.progress import count, span
+from nanochat_core.artifacts.stage import Metrics
 from nanochat_core.report.curves import curve_svg, read_rows
 from nanochat_core.report.effort import effort_blocks, when, whole
 from nanochat_core.report.pages import Block, Curve, Quote, Report, Table, Text, number, signed
+from nanochat_core.report.published import D20, core_name
 from nanochat_core.report.rows import Finished, read_finished, read_lines
-from nanochat_core.stage import Metrics
 
 MODELS = ("base", "mid", "sft", "rl")
 EVALUATIONS = {"base_eval": "base", "mid_eval": "mid", "sft_eval": "sft", "rl_eval": "rl"}

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat_core import store
-from nanochat_core.stage import Metrics
+from nanochat_core.artifacts import store
+from nanochat_core.artifacts.stage import Metrics
 
 
 class Finished(NamedTuple):

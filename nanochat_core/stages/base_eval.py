@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from nanochat_core.stage import Job, Metrics, Recipe
+from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
 
 class Config(Recipe):
@@ -11,11 +11,11 @@ class Config(Recipe):
 
 def run(cfg: Config, job: Job) -> Metrics:
     """Evaluate each task, keep its answers, and add up what they come to."""
+    from nanochat_core.artifacts.store import write_whole
     from nanochat_core.eval import core
+    from nanochat_core.machine.ranks import ranks
     from nanochat_core.stages.assets import BUNDLE
-    from nanochat_core.store import write_whole
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.ranks import ranks
     from nanochat_core.train.setup import trained_model
 
     partial, answers = job.path / "partial", job.path / "answers"

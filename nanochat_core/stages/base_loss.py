@@ -3,7 +3,7 @@ validation shard."""
 
 from pydantic import Field
 
-from nanochat_core.stage import Job, Metrics, Recipe
+from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
 
 class Config(Recipe):
@@ -13,12 +13,12 @@ class Config(Recipe):
 def run(cfg: Config, job: Job) -> Metrics:
     from itertools import islice
 
-    from nanochat_core.data.documents import shard_list
+    from nanochat_core.artifacts.store import write_json
     from nanochat_core.data.packed import packed
     from nanochat_core.eval.bpb import bits_per_byte
-    from nanochat_core.store import write_json
+    from nanochat_core.machine.ranks import ranks
+    from nanochat_core.sources.documents import shard_list
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.ranks import ranks
     from nanochat_core.train.setup import byte_counts, trained_model
 
     with ranks(job.runtime) as world:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from nanochat_core.stage import Job, Metrics, Recipe
+from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
 FIVE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 
@@ -40,12 +40,12 @@ def run(cfg: Config, job: Job) -> Metrics:
     """Answer each task's test problems, keep what was said, and add it up."""
     import json
 
+    from nanochat_core.artifacts.store import write_whole
     from nanochat_core.data.tasks import load_task
-    from nanochat_core.eval import chat
+    from nanochat_core.eval import chat_tasks
     from nanochat_core.infer.engine import Engine
-    from nanochat_core.store import write_whole
+    from nanochat_core.machine.ranks import ranks
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.ranks import ranks
     from nanochat_core.train.setup import trained_model
 
     partial, answers = job.path / "partial", job.path / "answers"
@@ -65,9 +65,9 @@ def run(cfg: Config, job: Job) -> Metrics:
             done = partial / f"{task.name.replace('/', '-')}.jsonl"
             if world.any(world.is_first and done.is_file()):
                 lines = done.read_text().splitlines() if world.is_first else []
-                found = [chat.Answer(**json.loads(line)) for line in lines]
+                found = [chat_tasks.Answer(**json.loads(line)) for line in lines]
             else:
-                share = chat.evaluate_task(
+                share = chat_tasks.evaluate_task(
                     engine,
                     task,
                     samples=cfg.samples,
@@ -84,11 +84,13 @@ def run(cfg: Config, job: Job) -> Metrics:
             if not done.is_file():
                 write_whole(done, "".join(json.dumps(answer._asdict()) + "\n" for answer in found))
             write_whole(answers / done.name, done.read_bytes())
-            value = chat.accuracy(found)
-            gains[task.name] = chat.centered(task, value)
+            value = chat_tasks.accuracy(found)
+            gains[task.name] = chat_tasks.centered(task, value)
             metrics[task.name] = value
             if cfg.samples > 1 and task.kind == "generative":
-                metrics |= {f"{task.name}_pass_at_{k}": p for k, p in chat.passes(found, cfg.samples).items()}
+                metrics |= {
+                    f"{task.name}_pass_at_{k}": p for k, p in chat_tasks.passes(found, cfg.samples).items()
+                }
             job.record(step=i + 1, steps=len(tasks), **{f"chat/{task.name}": value})
             print(f"{task.name}: {value:.4f} of {len(found)}", flush=True)
         if not world.is_first:

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.model.flops import flops_per_token, num_params, scaling_params
 from nanochat_core.model.shape import GPTConfig
-from nanochat_core.stage import Job, Metrics
 from nanochat_core.train.config import REFERENCE_BATCH, Training, divides
 
 MOST_DECAY = 0.5  # the rule for weight decay was fitted from d8 (0.52) on and runs away below: 1.89 at d4
@@ -94,16 +94,16 @@ def run(cfg: Config, job: Job) -> Metrics:
     from itertools import islice
 
     from nanochat_core.data.batch import ahead
-    from nanochat_core.data.documents import shard_list
     from nanochat_core.data.packed import packed
     from nanochat_core.eval.bpb import bits_per_byte
     from nanochat_core.infer.engine import Engine
     from nanochat_core.infer.sampling import Sampling
+    from nanochat_core.machine.ranks import ranks
     from nanochat_core.model.gpt import GPT
+    from nanochat_core.sources.documents import shard_list
     from nanochat_core.tokenizer.bpe import load_tokenizer
     from nanochat_core.train.checkpoint import TrainState
     from nanochat_core.train.loop import Hook, fit
-    from nanochat_core.train.ranks import ranks
     from nanochat_core.train.setup import byte_counts, learned, leave, new_state
 
     with ranks(job.runtime) as world:

@@ -1,6 +1,6 @@
 """The report over everything a profile ran: report.md, report.html, and the numbers both show."""
 
-from nanochat_core.stage import Job, Metrics, Recipe
+from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
 
 class Config(Recipe):

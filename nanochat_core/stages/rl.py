@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.data.tasks import check_name
 from nanochat_core.data.tasks.needs import check_rows
-from nanochat_core.stage import Job, Metrics
 from nanochat_core.train.config import Training
 
 
@@ -66,17 +66,17 @@ def run(cfg: Config, job: Job) -> Metrics:
 
     import torch
 
+    from nanochat_core.artifacts.store import write_whole
     from nanochat_core.data.batch import Batch
-    from nanochat_core.data.rollouts import Sampler, rollouts
     from nanochat_core.data.tasks import load_task, sliced
-    from nanochat_core.eval.chat import pass_at, sizes
+    from nanochat_core.eval.chat_tasks import pass_at, sizes
     from nanochat_core.infer.engine import Engine
-    from nanochat_core.store import write_whole
+    from nanochat_core.machine.ranks import ranks
     from nanochat_core.tokenizer.bpe import load_tokenizer
     from nanochat_core.train.checkpoint import TrainState
     from nanochat_core.train.collapse import Best, Collapsed, Limits, Monitor
     from nanochat_core.train.loop import Hook, fit
-    from nanochat_core.train.ranks import ranks
+    from nanochat_core.train.rollouts import Sampler, rollouts
     from nanochat_core.train.setup import leave, new_state, records, trained_model
 
     with ranks(job.runtime) as world:

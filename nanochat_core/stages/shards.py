@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from nanochat_core.data.hub import HUB
-from nanochat_core.stage import Job, Metrics, Recipe
+from nanochat_core.artifacts.stage import Job, Metrics, Recipe
+from nanochat_core.sources.hub import HUB
 
 if TYPE_CHECKING:
-    from nanochat_core.data.patience import Tell, Wait
-    from nanochat_core.data.request import Remote
+    from nanochat_core.sources.http import Remote
+    from nanochat_core.sources.retry import Tell, Wait
 
 SHARD_BYTES = 100e6  # of 250 million characters as zstd parquet
 
@@ -59,11 +59,11 @@ class Config(Recipe):
 def files(cfg: Config, root: Path, patience: float, wait: "Wait", tell: "Tell") -> "list[Remote]":
     """What to download to `root`, the validation file last; nothing for a local source. It may have to ask
     the hub which commit is meant."""
-    from nanochat_core.data.fetch import offline
-    from nanochat_core.data.hub import commit_of
-    from nanochat_core.data.patience import Patience
-    from nanochat_core.data.request import endpoint
-    from nanochat_core.data.shards import hub_files, remotes
+    from nanochat_core.sources.download import offline
+    from nanochat_core.sources.http import endpoint
+    from nanochat_core.sources.hub import commit_of
+    from nanochat_core.sources.retry import Patience
+    from nanochat_core.sources.shard_sets import hub_files, remotes
 
     if isinstance(cfg.source, str) and cfg.source in HUB:
         left = None if offline() else Patience(endpoint(), patience, wait, tell)
@@ -79,11 +79,11 @@ def run(cfg: Config, job: Job) -> Metrics:
     """Bring the shards and list them with sizes, hashes, rows and row groups."""
     import time
 
-    from nanochat_core.data import corpus, shards
-    from nanochat_core.data.documents import MANIFEST, Shards
-    from nanochat_core.data.fetch import offline
-    from nanochat_core.data.raw_text import PACKED, SUFFIXES
-    from nanochat_core.store import write_whole
+    from nanochat_core.artifacts.store import write_whole
+    from nanochat_core.sources import corpus, shard_sets
+    from nanochat_core.sources.documents import MANIFEST, Shards
+    from nanochat_core.sources.download import offline
+    from nanochat_core.sources.raw_text import PACKED, SUFFIXES
 
     root = job.runtime.base_dir / "downloads"
     root.mkdir(parents=True, exist_ok=True)
@@ -93,9 +93,9 @@ def run(cfg: Config, job: Job) -> Metrics:
     if cfg.source == "embedded":
         for sentence in corpus.missing():
             job.record(step=0, steps=1, note=sentence)
-        found = shards.embedded(root, cfg.max_chars)
+        found = shard_sets.embedded(root, cfg.max_chars)
     elif listed := files(cfg, root, patience, time.sleep, lambda waiting: job.arrived(0, 1, waiting)):
-        found = shards.download(
+        found = shard_sets.download(
             listed,
             root,
             workers=cfg.workers,
@@ -103,16 +103,16 @@ def run(cfg: Config, job: Job) -> Metrics:
             patience=patience,
             progress=job.arrived,
         )
-        commit = shards.revision(listed) or listed[0].commit
+        commit = shard_sets.revision(listed) or listed[0].commit
     elif isinstance(cfg.source, tuple) or "://" in cfg.source:
         places = (cfg.source,) if isinstance(cfg.source, str) else cfg.source
-        found = shards.from_filesystem(places, root, cfg.count, workers=cfg.workers, offline=offline())
+        found = shard_sets.from_filesystem(places, root, cfg.count, workers=cfg.workers, offline=offline())
     else:
         folder = Path(cfg.source)
         job.made_from(folder, SUFFIXES + PACKED)
-        found = shards.local(folder, root)
+        found = shard_sets.local(folder, root)
     found = Shards(found.train[: cfg.count], found.validation)
-    write_whole(job.path / MANIFEST, shards.manifest(found, root, commit))
+    write_whole(job.path / MANIFEST, shard_sets.manifest(found, root, commit))
     for shard in found.train + found.validation:
         if shard.path.is_relative_to(root):
             job.uses(shard.path)

@@ -7,7 +7,7 @@ from itertools import islice
 
 from pydantic import Field
 
-from nanochat_core.stage import Job, Metrics, Recipe
+from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
 SAMPLE = 200  # documents that must survive encoding and decoding, and that bytes_per_token is taken of
 
@@ -20,7 +20,7 @@ class Config(Recipe):
 
 def run(cfg: Config, job: Job) -> Metrics:
     """Train, check that text comes back as it was, and save."""
-    from nanochat_core.data.documents import texts
+    from nanochat_core.sources.documents import texts
     from nanochat_core.tokenizer.bpe import train
 
     def documents() -> Iterator[str]:

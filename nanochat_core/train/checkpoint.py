@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanochat_core import store
+from nanochat_core.artifacts import store
+from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT
 from nanochat_core.optim.optimizer import Optimizer
-from nanochat_core.train.ranks import World
 
 RANK_FILES_SECONDS = 600.0  # how long the first rank waits for the others' files
 

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from nanochat_core.artifacts.stage import Recipe
 from nanochat_core.data.mixture import Order
 from nanochat_core.data.tasks import check_name, sliced
 from nanochat_core.data.tasks.needs import check_rows
 from nanochat_core.model.flops import flops_per_token
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.optim.schedule import Rates, Schedule
-from nanochat_core.stage import Recipe
 
 REFERENCE_BATCH = 2**19  # tokens; the rates are nanochat's for this batch
 

@@ -16,27 +16,17 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from nanochat_core import store
+from nanochat_core.artifacts import store
+from nanochat_core.artifacts.stage import Interrupted, Job, Metrics
 from nanochat_core.data.batch import Batch
+from nanochat_core.machine.hardware import peak_flops
+from nanochat_core.machine.ranks import World
 from nanochat_core.optim.schedule import Schedule
-from nanochat_core.stage import Interrupted, Job, Metrics
 from nanochat_core.train.checkpoint import Saver, TrainState
-from nanochat_core.train.ranks import World
 from nanochat_core.train.repeatable import repeatable
 
 Batches = Callable[[TrainState], Iterator[Batch]]
 """Makes the stream of batches that follows a state's cursor; asked again after a fault sent the run back."""
-
-PEAK_FLOPS = {  # dense bf16, nominal
-    "GB10": 125e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "RTX 5090": 209e12,
-    "RTX 4090": 165e12,
-    "B200": 2250e12,
-}
-
 
 RECENT_STEPS = 50  # that the time left is reckoned from
 
@@ -134,7 +124,7 @@ def _run(
 ) -> None:
     stream = batches(state)
     saved = time.monotonic()
-    peak = peak_flops(world)
+    peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     pace: deque[float] = deque(maxlen=RECENT_STEPS)
     place: Callable[[], dict[str, object]] = lambda: state.cursor  # noqa: E731
     try:
@@ -337,11 +327,3 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def peak_flops(world: World) -> float | None:
-    """The device's nominal bf16 peak, where the table knows it."""
-    if world.device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(world.device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)

@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 import torch
 
+from nanochat_core.artifacts.stage import Job, Metrics
+from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT, load_model, read_config, write_config
 from nanochat_core.optim.groups import parameter_groups
 from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates
-from nanochat_core.stage import Job, Metrics
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train.checkpoint import TrainState, save_model
-from nanochat_core.train.ranks import World
 
 
 class Summing(Protocol):

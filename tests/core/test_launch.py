@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from toys import PROFILE, Toy
 
-from nanochat_core import launch as launching
-from nanochat_core import plan, store
-from nanochat_core.launch import StageFailed, launch, pending
-from nanochat_core.stage import Interrupted
+from nanochat_core.artifacts import store
+from nanochat_core.artifacts.stage import Interrupted
+from nanochat_core.runner import launch as launching
+from nanochat_core.runner import plan
+from nanochat_core.runner.launch import StageFailed, launch, pending
 
 SLOW = ("pretrain.steps=30", "pretrain.pause=0.03")
 FIRST_OF_ALL = ("shards", "pretrain")
@@ -37,7 +38,7 @@ def undisturbed(tmp_path: Path, toy: Toy) -> str:
 def background(made: plan.Plan, base_dir: Path, *overrides: str) -> "subprocess.Popen[bytes]":
     """A process that runs pretrain, as a user's command would."""
     script = (
-        "import sys; from pathlib import Path; from nanochat_core import launch, plan\n"
+        "import sys; from pathlib import Path; from nanochat_core.runner import launch, plan\n"
         f"made = plan.load({str(PROFILE)!r}, {list(overrides)!r}, base_dir=Path({str(base_dir)!r}))\n"
         "launch.launch(made, 'pretrain')"
     )

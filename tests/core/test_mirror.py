@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from toys import Toy
 
-from nanochat_core import copies, launch, mirror, store
-from nanochat_core import plan as plans
-from nanochat_core.progress import is_progress
+from nanochat_core.artifacts import mirror, store
+from nanochat_core.artifacts.progress import is_progress
+from nanochat_core.runner import launch, sync
+from nanochat_core.runner import plan as plans
 
 BUCKET = "runs"
 
@@ -51,10 +52,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
 
 
-def sender(plan: plans.Plan, said: list[str]) -> copies.Copies:
+def sender(plan: plans.Plan, said: list[str]) -> sync.Copies:
     held = mirror.of(plan.runtime)
     assert held is not None
-    return copies.Copies(held, plan.jobs, plan.runtime.base_dir, said.append)
+    return sync.Copies(held, plan.jobs, plan.runtime.base_dir, said.append)
 
 
 def tiny(base: Path, url: str) -> plans.Plan:
@@ -73,7 +74,7 @@ def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_weights(
     path.mkdir(parents=True)
     store.write_json(path / "job.json", launch.describe(here, "pretrain", None))
     process = subprocess.Popen(
-        [sys.executable, "-m", "nanochat_core.launch", str(path / "job.json")], start_new_session=True
+        [sys.executable, "-m", "nanochat_core.runner.launch", str(path / "job.json")], start_new_session=True
     )
     send, held = sender(here, []), mirror.of(here.runtime)
     assert held is not None
@@ -166,7 +167,7 @@ def test_damage_and_half_uploads_there_are_not_believed(mirrored: tuple[plans.Pl
     held.fs.rm(f"{held.root}/sft/{there.jobs['sft'].fingerprint}/model.safetensors")
     said: list[str] = []
     lock = launch.lock_path(there.runtime.base_dir, "sft", there.jobs["sft"].fingerprint)
-    copies.bring(there, "sft", lock, said.append)
+    sync.bring(there, "sft", lock, said.append)
     assert "model.safetensors is missing" in said[0]
     assert not there.jobs["sft"].path.exists()
 
@@ -198,13 +199,13 @@ def test_a_later_result_is_not_overwritten_by_an_earlier_one(
 def test_a_mirror_that_is_away_costs_words_and_not_the_run(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copies, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(copies, "AGAIN_SECONDS", (0.02, 0.05))
+    monkeypatch.setattr(sync, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(sync, "AGAIN_SECONDS", (0.02, 0.05))
     place = tmp_path / "mount"
     place.write_text("a file where the share should be mounted")
     plan = toy.plan(f"runtime.mirror=file://{place}/mirror", until="pretrain")
     said: list[str] = []
-    with copies.following(plan, said.append) as following:
+    with sync.following(plan, said.append) as following:
         toy.make(plan)
         deadline = time.monotonic() + 20
         while not said and time.monotonic() < deadline:
@@ -222,12 +223,12 @@ def test_a_mirror_that_is_away_costs_words_and_not_the_run(
 def test_a_run_that_ends_without_its_mirror_names_what_it_lacks(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copies, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(sync, "LOOK_SECONDS", 0.01)
     (tmp_path / "mount").write_text("")
     plan = toy.plan(f"runtime.mirror=file://{tmp_path}/mount/mirror", until="pretrain")
     toy.make(plan)
     said: list[str] = []
-    with copies.following(plan, said.append) as following:
+    with sync.following(plan, said.append) as following:
         assert following.finish() == ["shards", "pretrain"]
     assert "the mirror lacks shards, pretrain" in said[-1] and "nanochat mirror" in said[-1]
 

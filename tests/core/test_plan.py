@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from toys import PROFILE, Toy
 
-from nanochat_core import plan, store
-from nanochat_core.plan import UsageError, explain
+from nanochat_core.artifacts import store
+from nanochat_core.runner import plan
+from nanochat_core.runner.plan import UsageError, explain
 
 
 def states(toy: Toy, *overrides: str, **options: object) -> dict[str, str]:

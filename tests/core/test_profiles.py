@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_core import plan as plans
 from nanochat_core.model.cross_entropy import slice_rows
-from nanochat_core.published import EXPECTED
+from nanochat_core.report.published import EXPECTED
+from nanochat_core.runner import plan as plans
 from nanochat_core.train.config import Training
 
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_runs(
 def test_the_plan_prints_the_published_parameters_tokens_and_flops(
     profile: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from flows.verbs.plan import plan
+    from nanochat_core.cli.plan_verb import plan
 
     plan(profile, base_dir=tmp_path, calibrate=False)
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pretrain ")]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from toys import Toy
 
-from nanochat_core import forecast, status
-from nanochat_core.plan import explain
-from nanochat_core.progress import Pace, Terminal, count, describe, headline, is_progress, span
+from nanochat_core.artifacts.progress import Pace, count, describe, is_progress, span
+from nanochat_core.report.headline import headline
+from nanochat_core.runner import estimate, status
+from nanochat_core.runner.plan import explain
+from nanochat_core.runner.terminal import Terminal
 
 
 @pytest.mark.parametrize(
@@ -138,11 +140,11 @@ def test_a_model_is_found_by_stage_by_directory_and_by_default(toy: Toy, tmp_pat
 
 def test_a_forecast_scales_what_was_measured_and_knows_what_it_does_not(toy: Toy) -> None:
     fresh = toy.plan()
-    before, _ = forecast.forecast(fresh, explain(fresh))
+    before, _ = estimate.forecast(fresh, explain(fresh))
     assert before["pretrain"].seconds is not None and before["base_loss"].seconds is None
     toy.make(fresh)
     changed = toy.plan("mid.steps=50")
-    after, rate = forecast.forecast(changed, explain(changed))
+    after, rate = estimate.forecast(changed, explain(changed))
     assert "FLOP/s" in rate
     assert after["pretrain"].seconds is None and after["pretrain"].disk
     assert after["mid"].seconds is not None and after["sft"].seconds is not None

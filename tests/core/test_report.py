@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 from toys import PROFILE, Toy
 
-from nanochat_core import report, store
-from nanochat_core.beside import differences, find_run
-from nanochat_core.progress import headline
-from nanochat_core.published import CORE_TASKS, D20
+from nanochat_core import report
+from nanochat_core.artifacts import store
 from nanochat_core.report.collect import published_blocks, summary
 from nanochat_core.report.curves import TICKS, draw, machine_panels, panels
 from nanochat_core.report.effort import energy, when
+from nanochat_core.report.headline import headline
 from nanochat_core.report.pages import Text
+from nanochat_core.report.published import CORE_TASKS, D20
+from nanochat_core.runner.compare import differences, find_run
 
 
 @pytest.fixture
@@ -246,7 +247,7 @@ def test_a_curve_needs_two_points_that_are_numbers() -> None:
 
 
 def test_the_report_stage_writes_all_of_it(toy: Toy, rows: dict[str, Path], tmp_path: Path) -> None:
-    from nanochat_core.stage import Job, Runtime
+    from nanochat_core.artifacts.stage import Job, Runtime
     from nanochat_core.stages import report as stage
 
     job = Job("report", stage.Config(), rows, tmp_path / "out", Runtime(), "x")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from killing import kill, start, tiny, weights_and_losses
 
-from nanochat_core import launch
+from nanochat_core.runner import launch
 
 UNFINISHED = "*.part"
 

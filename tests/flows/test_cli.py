@@ -8,13 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from toys import PROFILE, TOY, Command, Toy
-
-from flows import cli
 
 P = str(PROFILE)
 TORCHLESS = "import sys; sys.modules['torch'] = None; sys.modules['prefect'] = None\n"
@@ -29,32 +26,16 @@ def fails(done: "subprocess.CompletedProcess[str]", code: int, says: str) -> Non
     assert len(errors) == 1, done.stderr
 
 
-@pytest.fixture
-def here(toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """The command in this process, which is quicker, over the same toy table."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(toy.base_dir))
-    monkeypatch.setenv("PREFECT_API_URL", "")
-
-    def run(*words: str) -> "subprocess.CompletedProcess[str]":
-        monkeypatch.setattr(sys, "argv", ["nanochat", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(words, int(end.value.code or 0), said.out, said.err)
-
-    yield run
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
 def test_help_answers_at_once() -> None:
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "flows.cli", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "nanochat_core.cli.main", "--help"], capture_output=True, text=True
+    )
     took = time.monotonic() - begin
     assert done.returncode == 0 and "nanochat run cpu-demo" in done.stdout
     assert took < 2  # half a second on an idle machine; this is what a loaded one may add
-    code = "import sys, flows.cli; print([m for m in ('torch', 'prefect', 'pydantic') if m in sys.modules])"
+    heavy = ("torch", "prefect", "pydantic")
+    code = f"import sys, nanochat_core.cli.main; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -162,7 +143,9 @@ def test_one_stage_makes_what_it_reads_and_names_what_comes_next(here: Command, 
 
 def test_one_stage_needs_neither_prefect_nor_torch(tmp_path: Path) -> None:
     code = (
-        TORCHLESS + f"sys.argv = ['nanochat', 'stage', 'pretrain', {P!r}]\nfrom flows.cli import main; main()"
+        TORCHLESS
+        + f"sys.argv = ['nanochat', 'stage', 'pretrain', {P!r}]\n"
+        + "from nanochat_core.cli.main import main; main()"
     )
     env = os.environ | {"PYTHONPATH": str(TOY), "NANOCHAT_BASE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -182,7 +165,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(here: Command, toy: Toy, signu
     toy.make(toy.plan(until="shards"))
     slow = ["stage", "pretrain", P, "--set", "pretrain.steps=500", "--set", "pretrain.pause=0.02"]
     with subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *slow],
+        [sys.executable, "-m", "nanochat_core.cli.main", *slow],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -13,13 +13,13 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 
 from flows import downloads
-from nanochat_core import launch
-from nanochat_core import plan as plans
-from nanochat_core.copies import Copies
-from nanochat_core.data.shards import write_shard
-from nanochat_core.mirror import of
-from nanochat_core.progress import Row
-from nanochat_core.stage import Interrupted
+from nanochat_core.artifacts.mirror import of
+from nanochat_core.artifacts.progress import Row
+from nanochat_core.artifacts.stage import Interrupted
+from nanochat_core.runner import launch
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.sync import Copies
+from nanochat_core.sources.shard_sets import write_shard
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 FILES = 30

@@ -77,7 +77,7 @@ def test_what_is_damaged_here_is_not_sent_and_that_is_said(
 
 def test_joining_waits_for_a_call_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(TOY)}
-    command = [sys.executable, "-m", "flows.cli", "join", "--base-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "nanochat_core.cli.main", "join", "--base-dir", str(tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stderr is not None
         assert "waiting for a stage to be called" in process.stderr.readline()

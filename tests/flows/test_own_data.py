@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import nanochat_core
-from nanochat_core.data.documents import shard_list
+from nanochat_core.sources.documents import shard_list
 
 TINY = Path(nanochat_core.__file__).parent / "profiles" / "tiny.toml"
 
@@ -30,7 +30,7 @@ def text(folder: Path, documents: int) -> Path:
 
 def nanochat(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words],
+        [sys.executable, "-m", "nanochat_core.cli.main", *words],
         capture_output=True,
         text=True,
         env=os.environ | environment,
@@ -41,7 +41,7 @@ def nanochat(*words: str, **environment: str) -> "subprocess.CompletedProcess[st
 def test_the_flow_fills_a_folder_in_two_tasks_and_adds_nothing_the_second_time(tmp_path: Path) -> None:
     from prefect.client.orchestration import get_client
 
-    from flows.repackage import repackage
+    from flows.repackage_flow import repackage
 
     mine, out = text(tmp_path / "mine", 300), tmp_path / "out"
     state = repackage(str(mine), str(out), column="body", shard_chars=40_000, return_state=True)
@@ -101,7 +101,10 @@ def test_an_interrupted_repackage_goes_on(tmp_path: Path) -> None:
     words = ["repackage", str(mine), str(out), "--column", "body", "--shard-chars", "100000"]
     words += ["--base-dir", str(base)]
     with subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-m", "nanochat_core.cli.main", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         deadline = time.monotonic() + 120
         while not list(out.rglob("run_*.arrow")):

@@ -10,8 +10,8 @@ from test_speedrun import run
 from toys import Toy
 
 from flows import examine
-from nanochat_core import plan as plans
-from nanochat_core.doctor import Line, Unfit
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.doctor import Line, Unfit
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -72,7 +72,7 @@ def test_an_interrupted_run_leaves_nobody_behind_and_goes_on(
     base = tmp_path / "base"
     slow = ["run", P, "--set", "pretrain.steps=150", "--set", "pretrain.pause=0.04", "--until", "pretrain"]
     with subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *slow],
+        [sys.executable, "-m", "nanochat_core.cli.main", *slow],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

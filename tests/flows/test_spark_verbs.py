@@ -17,7 +17,7 @@ P = str(PROFILE)
 
 
 def at(command: list[str], **env: str) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "flows.cli", *command]
+    words = [sys.executable, "-m", "nanochat_core.cli.main", *command]
     return subprocess.run(
         words, capture_output=True, text=True, env=os.environ | {"PREFECT_API_URL": ""} | env
     )
@@ -92,7 +92,7 @@ def prefect_like() -> Iterator[str]:
 def test_the_doctor_tells_whether_a_worker_takes_runs(
     prefect_like: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.verbs.doctor import service_lines
+    from nanochat_core.cli.doctor_verb import service_lines
 
     monkeypatch.setenv("PREFECT_API_URL", prefect_like)
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "ada:secret")

@@ -23,8 +23,8 @@ from toys import PROFILE, Toy
 
 from flows import watch
 from flows.speedrun import CostRefused, speedrun
-from nanochat_core import plan as plans
-from nanochat_core.launch import StageFailed
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.launch import StageFailed
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 ROWS = ["shards", "pretrain", "base_loss", "mid", "sft", "sft_eval", "report"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nanochat_core import store
+from nanochat_core.artifacts import store
 
 ROWS = [
     "assets",
@@ -28,7 +28,7 @@ ROWS += ["mid", "mid_eval", "sft", "sft_eval", "rl", "rl_eval", "export", "repor
 
 def nanochat(base: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words, "--base-dir", str(base)],
+        [sys.executable, "-m", "nanochat_core.cli.main", *words, "--base-dir", str(base)],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-from nanochat_core.stage import Interrupted, Job, Metrics, Recipe, Stage
-from nanochat_core.store import write_whole
+from nanochat_core.artifacts.stage import Interrupted, Job, Metrics, Recipe, Stage
+from nanochat_core.artifacts.store import write_whole
 
 
 class Text(Recipe):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nanochat_core.data.conversations import packed_conversations
-from nanochat_core.data.rollouts import Answers, question_at, to_batch
 from nanochat_core.infer.engine import Completion
 from nanochat_core.tokenizer.bpe import Tokenizer, train
-from nanochat_core.tokenizer.chat import Conversation, render_conversation
+from nanochat_core.tokenizer.render import Conversation, render_conversation
+from nanochat_core.train.rollouts import Answers, question_at, to_batch
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanochat_core.artifacts.store import sha256
 from nanochat_core.data.batch import Batch, ahead
-from nanochat_core.data.documents import Shard
 from nanochat_core.data.packed import packed
-from nanochat_core.store import sha256
+from nanochat_core.sources.documents import Shard
 from nanochat_core.tokenizer.bpe import Tokenizer, train
 
 T = 16

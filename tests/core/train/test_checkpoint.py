@@ -11,7 +11,7 @@ import pytest
 import torch
 from tinytrain import WORLD, tiny_model
 
-from nanochat_core import store
+from nanochat_core.artifacts import store
 from nanochat_core.optim.schedule import Rates
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train import checkpoint

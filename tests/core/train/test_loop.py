@@ -14,12 +14,12 @@ import pytest
 import torch
 from tinytrain import WORLD, job_in, tiny_model
 
+from nanochat_core.artifacts.stage import Interrupted, Job
 from nanochat_core.data.batch import Batch, ahead
-from nanochat_core.data.documents import Shard
 from nanochat_core.data.packed import packed
 from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates, Schedule
-from nanochat_core.stage import Interrupted, Job
+from nanochat_core.sources.documents import Shard
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train.checkpoint import TrainState
 from nanochat_core.train.loop import Batches, Hook, fit, keep_rows, rows_that_fit
@@ -306,12 +306,12 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {here!r})
 from tinytrain import WORLD, documents, job_in, tiny_model
-from nanochat_core.data.documents import Shard
+from nanochat_core.sources.documents import Shard
 from nanochat_core.data.packed import packed
 from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates, Schedule
-from nanochat_core.stage import Interrupted
-from nanochat_core.store import sha256
+from nanochat_core.artifacts.stage import Interrupted
+from nanochat_core.artifacts.store import sha256
 from nanochat_core.tokenizer.bpe import train
 from nanochat_core.train.loop import Hook, fit
 from nanochat_core.train.setup import new_state
