@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 from filelock import FileLock
@@ -20,6 +21,7 @@ TINY = Path(__file__).with_name("tiny.py")
 
 # Two workers on two cores: threads of one would only wait for those of the other. Before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PREFECT_API_URL"] = ""  # tests have servers of their own
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -63,6 +65,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Toy":
     monkeypatch.setattr(plan, "STAGES", table.STAGES)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.02)
     monkeypatch.setenv("PYTHONPATH", str(TOY))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     return Toy(tmp_path / "base")
 
 
@@ -88,19 +91,19 @@ def nanochat(tmp_path: Path) -> "Command":
 
 
 @pytest.fixture
-def here(
-    toy: "Toy", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Iterator["Command"]:
-    """The command in this process, which is quicker, over the same toy table."""
+    """The command in this process, which is quicker, over a base directory of the test's."""
     from nanochat_core.cli import main as cli
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(toy.base_dir))
-    monkeypatch.setenv("PREFECT_API_URL", "")
 
-    def run(*words: str) -> "subprocess.CompletedProcess[str]":
+    def run(*words: str, env: dict[str, str | None] | None = None) -> "subprocess.CompletedProcess[str]":
+        given = {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "PREFECT_API_URL": ""} | (env or {})
+        environment = {name: value for name, value in (os.environ | given).items() if value is not None}
         monkeypatch.setattr(sys, "argv", ["nanochat", *words])
-        with pytest.raises(SystemExit) as end:
+        with patch.dict(os.environ, environment, clear=True), pytest.raises(SystemExit) as end:
             cli.main()
         said = capsys.readouterr()
         return subprocess.CompletedProcess(words, int(end.value.code or 0), said.out, said.err)
@@ -108,3 +111,9 @@ def here(
     yield run
     for signum, handler in before.items():
         signal.signal(signum, handler)
+
+
+@pytest.fixture
+def here(toy: "Toy", command: "Command") -> "Command":
+    """The command in this process over the toy table."""
+    return command
