@@ -1,6 +1,7 @@
 """What tests of several parts share: the toy table, and commands run as a user runs them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert made.returncode == 0, made.stderr
             done.touch()
     return base
+
+
+@pytest.fixture
+def tiny_copy(tiny_base: Path, tmp_path: Path) -> Path:
+    """The finished tiny run, for a test to change."""
+    return Path(shutil.copytree(tiny_base, tmp_path / "base"))
 
 
 @pytest.fixture
