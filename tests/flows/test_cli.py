@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from toys import PROFILE, TOY, Command, Toy
+from toys import PROFILE, Command, Toy
 
 from nanochat_core.cli import main
 
@@ -164,7 +164,7 @@ def test_one_stage_needs_neither_prefect_nor_torch(tmp_path: Path) -> None:
         + f"sys.argv = ['nanochat', 'stage', 'pretrain', {P!r}]\n"
         + "from nanochat_core.cli.main import main; main()"
     )
-    env = os.environ | {"PYTHONPATH": str(TOY), "NANOCHAT_BASE_DIR": str(tmp_path)}
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 
@@ -181,7 +181,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(
     nanochat: Command, tmp_path: Path, signum: signal.Signals
 ) -> None:
     slow = ["stage", "pretrain", P, "--set", "pretrain.steps=500", "--set", "pretrain.pause=0.02"]
-    env = os.environ | {"PYTHONPATH": str(TOY), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path / "base")}
     with subprocess.Popen(
         [sys.executable, "-m", "nanochat_core.cli.main", *slow],
         stderr=subprocess.PIPE,
