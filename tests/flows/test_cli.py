@@ -169,6 +169,22 @@ def test_one_stage_needs_neither_prefect_nor_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_stage_of_ones_own_is_named_on_the_command_line(nanochat: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from nanochat_core.artifacts.stage import Recipe as Config\n"
+        "ROW = {'reads': {'text': 'shards'}, 'trains': 'mine'}\n"
+        "def run(cfg, job):\n    return {'documents': 3}\n"
+    )
+    own = ["--stage", "mine.py:mine"]
+    done = nanochat("stage", "mine", P, *own, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"next: nanochat run {P} --stage {tmp_path}/mine.py:mine"
+    assert nanochat("stage", "mine", P, *own, cwd=tmp_path).stderr == "cached     mine\n"
+    assert re.search("^mine +done", nanochat("status").stdout, re.M)
+    assert re.search("^mine +ok$", nanochat("verify", P, *own, cwd=tmp_path).stdout, re.M)
+    fails(nanochat("plan", P, "--stage", "none.py:x"), 2, "none.py cannot be read")
+
+
 def test_a_stage_that_fails_leaves_one_line_its_log_and_the_way_on(nanochat: Command) -> None:
     done = nanochat("stage", "pretrain", P, "--set", "pretrain.fail_at=3")
     fails(done, 1, "error: pretrain failed: the loss is not finite at step 3")
