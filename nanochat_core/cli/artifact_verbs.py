@@ -160,7 +160,7 @@ def report(
 
     root = resolved(base_dir)
     jobs, rows = latest_run(root, profile) or {}, latest_table(root, profile)
-    directory = next((root / row / name for row, name in jobs.items() if rows[row].reports), None)
+    directory = next((root / row / jobs[row] for row in rows if rows[row].reports and row in jobs), None)
     if directory is None or store.verify(directory, root) is None:
         make = with_base(f"nanochat run {profile or 'cpu-demo'}", base_dir)
         raise ValueError(f"there is no report yet; make it: {make}")

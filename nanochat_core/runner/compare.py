@@ -74,7 +74,7 @@ def find_run(base_dir: Path, name: str) -> Run:
     found = {}
     for row, fingerprint in jobs.items():
         path = root / row / fingerprint
-        if not table[row].reports and store.read_result(path) is not None:
+        if row in table and not table[row].reports and store.read_result(path) is not None:
             found[row] = read_finished(path, table[row])
     if not found:
         raise ValueError(f"there is no finished run of {name} in {base_dir}; try: nanochat run {name}")

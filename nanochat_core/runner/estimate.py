@@ -157,9 +157,13 @@ def growth(plan: Plan, name: str, old: Mapping[str, Any], same_model: bool) -> f
 
 def flops_rate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> tuple[float, str]:
     """FLOPs per second to reckon with, and where the figure is from."""
-    for name in filter(plan.table.__contains__, results):
-        result = results[name]
-        if _trains(plan, name) and result["metrics"].get("flops") and result["seconds"] > 1:
+    for name, result in results.items():
+        if (
+            name in plan.jobs
+            and _trains(plan, name)
+            and result["metrics"].get("flops")
+            and result["seconds"] > 1
+        ):
             return result["metrics"]["flops"] / result["seconds"], f"the last {name} on this machine"
     rate, source = assumed_rate(plan)
     return rate * plan.runtime.processes, source

@@ -88,9 +88,11 @@ def load(
     header = data.pop("profile", {})
     for override in overrides:
         _apply(data, override)
-    named = [located(source, path.parent) for source in header.get("stages", [])]
-    more = [located(source, Path()) for source in data.pop("profile", {}).get("stages", [])]
-    stages = tuple(dict.fromkeys([*named, *more]))
+    more = data.pop("profile", {})
+    for key in more:
+        if key != "stages":
+            raise UsageError(unknown("key of profile to set", key, ["stages"]))
+    stages = (*_stages(header, path.parent), *_stages(more, Path()))
     table = load_table(stages)
     for name in data:
         if name != "runtime" and name not in table:
@@ -375,6 +377,13 @@ def _read_profile(profile: str, path: Path) -> dict[str, Any]:
         raise UsageError(unknown("profile", profile, profile_names())) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"profile {path} cannot be read: {error}") from None
+
+
+def _stages(header: Mapping[str, Any], folder: Path) -> list[str]:
+    named = header.get("stages", [])
+    if not isinstance(named, list):
+        raise UsageError(f'profile.stages = {named!r}: write a list, as in ["my_stage.py:name"]')
+    return [located(source, folder) for source in named]
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

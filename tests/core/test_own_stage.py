@@ -118,6 +118,12 @@ def test_overrides_add_stages_by_their_paths(toy: Toy, polish: Path) -> None:
     made = toy.plan(f'profile.stages=["{polish}:polish"]')
     assert "polish" in made.jobs and made.jobs["sft"].fingerprint == toy.plan().jobs["sft"].fingerprint
     assert made.stages == (TABLE, f"{polish}:polish")
+    with pytest.raises(plans.UsageError, match=r"profile\.stages = 's\.py:x': write a list"):
+        toy.plan("profile.stages=s.py:x")
+    with pytest.raises(
+        plans.UsageError, match="no key of profile to set called 'stage'; did you mean stages"
+    ):
+        toy.plan('profile.stage=["s.py:x"]')
 
 
 def test_an_optional_row_is_there_for_whoever_switches_it_on(toy: Toy) -> None:
