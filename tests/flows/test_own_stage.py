@@ -3,14 +3,13 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from toys import Command
 
-from nanochat_core.cli import main
 from nanochat_core.runner import plan as plans
 from nanochat_core.runner.estimate import forecast, needs
 from nanochat_core.runner.launch import launch
@@ -66,21 +65,13 @@ def test_the_documents_stage_is_planned_with_its_work_and_its_needs(example: Pat
         )
 
 
-def test_what_it_leaves_can_be_chatted_with(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_it_leaves_can_be_chatted_with(base: Path, tmp_path: Path, here: Command) -> None:
     (tmp_path / "copy.py").write_text(COPY)
     made = plans.load("tiny", [f'profile.stages=["{tmp_path}/copy.py:polish"]'], base_dir=base)
     launch(made, "polish")
     plans.remember(made)
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    words = ["chat", "polish", "-p", "hi", "--max-tokens", "4", "--base-dir", str(base)]
-    monkeypatch.setattr(sys, "argv", ["nanochat", *words])
-    with pytest.raises(SystemExit) as end:
-        main.main()
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-    assert not end.value.code, capsys.readouterr().err
+    done = here("chat", "polish", "-p", "hi", "--max-tokens", "4", "--base-dir", str(base))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
