@@ -24,6 +24,7 @@ from nanochat_core.model.shape import GPTConfig
 from nanochat_core.report.published import EXPECTED
 from nanochat_core.runner.plan import Plan
 from nanochat_core.stages import pretrain
+from nanochat_core.train.config import base_shape
 
 SLICES = (4, 8)  # layers; the pattern of windows and value embeddings repeats every four
 WHOLE_SECONDS, MOST_SECONDS = 40.0, 600.0  # a whole model if it takes less, nothing if slices take more
@@ -93,10 +94,9 @@ def assumed(plan: Plan, rate: float) -> Calibration | None:
 
 def shape_of(plan: Plan) -> GPTConfig | None:
     """The plan's model, if it is one of ours."""
-    job, tokenizer = plan.jobs.get("pretrain"), plan.jobs.get("tokenizer")
-    if job is None or tokenizer is None or not isinstance(job.config, pretrain.Config):
+    if plan.base is None or not isinstance(plan.jobs[plan.base].config, pretrain.Config):
         return None
-    return job.config.shape(tokenizer.config.vocab_size)
+    return base_shape(plan.planned(plan.base))
 
 
 def path_of(plan: Plan, shape: GPTConfig) -> Path:
@@ -119,9 +119,9 @@ def device_batches(plan: Plan) -> list[int]:
     """The profile's own and two smaller ones. Never a larger one: a Spark that runs out of memory stands
     still."""
     shape = shape_of(plan)
-    assert shape is not None
-    whole = max(1, round(plan.facts("pretrain")["batch"]) // shape.sequence_len // plan.runtime.processes)
-    most = min(whole, plan.runtime.device_batch.get("pretrain", 32))
+    assert shape is not None and plan.base is not None
+    whole = max(1, round(plan.facts(plan.base)["batch"]) // shape.sequence_len // plan.runtime.processes)
+    most = min(whole, plan.runtime.device_batch.get(plan.base, 32))
     return sorted({max(1, most // 4), max(1, most // 2), most})
 
 
@@ -316,7 +316,7 @@ def _time(shape: GPTConfig, runtime: Runtime, world: Any, batches: list[int]) ->
 
     state = new_state(GPT(shape).init_weights(0), Training().rates(2**19), world)
     runtime = runtime.model_copy(update={"device_batch": {}})
-    runner = _Runner(Job("pretrain", None, {}, Path(), runtime, ""), world, state, runtime.compile)
+    runner = _Runner(Job("", Training(), {}, Path(), runtime, ""), world, state, runtime.compile)
     ids = torch.randint(
         shape.vocab_size, (batches[-1], shape.sequence_len + 1), generator=torch.Generator().manual_seed(0)
     )
