@@ -36,6 +36,9 @@ class Elementwise(Protocol):
     ) -> None: ...
 
 
+DEFAULT_RATES = Rates()
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters that share an update rule. Muon's are all of one shape; the others' may differ."""
@@ -50,7 +53,7 @@ class Group:
     rule: Elementwise = adamw_update  # of the kind `elementwise`
 
 
-def parameter_groups(model: GPT, rates: Rates) -> list[Group]:
+def parameter_groups(model: GPT, rates: Rates = DEFAULT_RATES) -> list[Group]:
     """Every parameter of the model in exactly one group."""
     named = dict(model.named_parameters())
     by_width = (model.config.n_embd / 768) ** -0.5 * rates.scale * rates.stage
