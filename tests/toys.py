@@ -25,6 +25,18 @@ def toy_table() -> Any:
     return module
 
 
+def make(made: plans.Plan, *only: str) -> None:
+    """Every row in order, or these, in this process: for tests of what comes after."""
+    before = signal.getsignal(signal.SIGTERM)
+    for name in only or made.jobs:
+        job = made.jobs[name]
+        job.path.mkdir(parents=True, exist_ok=True)
+        store.write_json(job.path / "job.json", launch.describe(made, name, None))
+        launch.execute(job.path / "job.json")
+    signal.signal(signal.SIGTERM, before)
+    plans.remember(made)
+
+
 @dataclass(frozen=True)
 class Toy:
     """The toy pipeline over one base directory."""
@@ -44,15 +56,8 @@ class Toy:
         plans.remember(made)
         return worked
 
-    def make(self, made: plans.Plan) -> None:
-        """Every row in order, in this process: for tests of what comes after."""
-        before = signal.getsignal(signal.SIGTERM)
-        for name, job in made.jobs.items():
-            job.path.mkdir(parents=True, exist_ok=True)
-            store.write_json(job.path / "job.json", launch.describe(made, name, None))
-            launch.execute(job.path / "job.json")
-        signal.signal(signal.SIGTERM, before)
-        plans.remember(made)
+    def make(self, made: plans.Plan, *only: str) -> None:
+        make(made, *only)
 
     def starts(self, made: plans.Plan, name: str) -> list[str]:
         """The step each attempt at a training stage began with."""

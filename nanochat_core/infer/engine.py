@@ -17,7 +17,7 @@ from torch import Tensor
 from nanochat_core.infer.decoder import Decoder, Piece
 from nanochat_core.infer.sampling import Sampler, Sampling, uniforms
 from nanochat_core.infer.tool_use import ToolCalls
-from nanochat_core.model.gpt import GPT, SOFTCAP
+from nanochat_core.model.gpt import GPT
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.tokenizer.render import Message, render_for_completion
 
@@ -299,7 +299,7 @@ class Engine:
     def _sample(self, logits: Tensor, requests: list[Request]) -> None:
         sampler = self._sampler
         if sampler is None or len(requests) != len(self._rows):
-            sampler = Sampler([request.sampling for request in requests], self._device, SOFTCAP)
+            sampler = Sampler([request.sampling for request in requests], self._device, raw=True)
             self._sampler = sampler if len(requests) == len(self._rows) else None
         uniform = None
         if sampler.random:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nanochat_core.artifacts.store import write_json, write_whole
 from nanochat_core.infer.model_card import model_card
-from nanochat_core.model.gpt import GPT, SOFTCAP, load_model, read_config, write_config
+from nanochat_core.model.forward import HIDDEN_ACT, NORM_EPS, SOFTCAP
+from nanochat_core.model.gpt import GPT, load_model, read_config, write_config
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.tokenizer.bpe import FILE, Tokenizer, load_tokenizer
 
@@ -203,8 +204,8 @@ def _their_config(config: GPTConfig, tokenizer: Tokenizer, dtype: torch.dtype) -
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_kv_head,
         "max_position_embeddings": config.sequence_len,
-        "hidden_act": "relu2",
-        "rms_norm_eps": 1e-6,
+        "hidden_act": HIDDEN_ACT,
+        "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "final_logit_softcapping": SOFTCAP,
         "attention_bias": False,

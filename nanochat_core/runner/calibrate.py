@@ -293,8 +293,8 @@ def _time(shape: GPTConfig, runtime: Runtime, world: Any, batches: list[int]) ->
 
     from nanochat_core.artifacts.stage import Job
     from nanochat_core.data.batch import Batch
+    from nanochat_core.infer.decoder import Decoder
     from nanochat_core.model.gpt import GPT
-    from nanochat_core.model.kv_cache import KVCache
     from nanochat_core.train.config import Training
     from nanochat_core.train.loop import _Runner
     from nanochat_core.train.setup import new_state
@@ -342,9 +342,10 @@ def _time(shape: GPTConfig, runtime: Runtime, world: Any, batches: list[int]) ->
         found["forward"] = seconds(
             lambda: model(inputs, last=torch.zeros(len(inputs), dtype=torch.long, device=world.device)), 1
         )
-        cache = KVCache(shape, DECODE_ROWS, 16, device=world.device, dtype=world.dtype)
-        one = torch.zeros(DECODE_ROWS, 1, dtype=torch.long, device=world.device)
-        found["decode"] = seconds(lambda: model(one, cache=cache), 4)
+    decoder = Decoder(model, DECODE_ROWS)
+    decoder.reserve(1)
+    first = [0] * DECODE_ROWS  # token and position of every row
+    found["decode"] = seconds(lambda: decoder.read(first, [-1] * DECODE_ROWS, first, [], None), 4)
     return found
 
 

@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,10 +19,17 @@ from nanochat_core.runner.compare import differences, find_run
 
 
 @pytest.fixture
-def rows(toy: Toy) -> dict[str, Path]:
+def drawn(toy: Toy) -> dict[str, Path]:
     made = toy.plan(until="sft_eval")
     toy.make(made)
     return {name: job.path for name, job in made.jobs.items()}
+
+
+@pytest.fixture
+def rows(drawn: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """The same for tests that look at no curves, which take a second to draw."""
+    monkeypatch.setattr(sys.modules["nanochat_core.report.collect"], "curve_svg", lambda *_: "<svg></svg>")
+    return drawn
 
 
 def test_the_numbers_come_from_the_results_under_their_public_names(rows: dict[str, Path]) -> None:
@@ -171,8 +179,8 @@ def test_a_reward_stands_beside_its_noise(rows: dict[str, Path]) -> None:
     assert any("± is the standard error" in block.text for block in blocks if isinstance(block, Text))
 
 
-def test_the_page_needs_no_other_file_and_is_well_formed(rows: dict[str, Path], tmp_path: Path) -> None:
-    made = report.collect(rows)
+def test_the_page_needs_no_other_file_and_is_well_formed(drawn: dict[str, Path], tmp_path: Path) -> None:
+    made = report.collect(drawn)
     report.write_report(made, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!#|data:)", page) and page.count("<svg") == 3
@@ -289,18 +297,18 @@ def test_every_number_of_a_table_is_one_of_a_result(rows: dict[str, Path]) -> No
 ORIENTATION = {report.number(run.numbers["base/core"]) for run in D20}  # of others, and named as theirs
 
 
-def test_energy_is_what_the_meter_said_or_an_assumption_that_is_named(rows: dict[str, Path]) -> None:
-    text = report.to_markdown(report.collect(rows))
+def test_energy_is_what_the_meter_said_or_an_assumption_that_is_named(drawn: dict[str, Path]) -> None:
+    text = report.to_markdown(report.collect(drawn))
     assert "Energy is assumed: this machine lets no meter be read" in text
-    result = json.loads((rows["pretrain"] / "result.json").read_text()) | {"seconds": 7200.0}
-    (rows["pretrain"] / "result.json").write_text(json.dumps(result))
+    result = json.loads((drawn["pretrain"] / "result.json").read_text()) | {"seconds": 7200.0}
+    (drawn["pretrain"] / "result.json").write_text(json.dumps(result))
     readings = [{"time": 1000.0 + 30 * i, "watts": 60.0, "meter": "GPU", "celsius": 61.0} for i in range(241)]
     lines = "\n".join(map(json.dumps, readings)) + '\n{"time": 99, "wat'
-    (rows["pretrain"] / "machine.jsonl").write_text(lines)
-    job = json.loads((rows["pretrain"] / "job.json").read_text())
+    (drawn["pretrain"] / "machine.jsonl").write_text(lines)
+    job = json.loads((drawn["pretrain"] / "job.json").read_text())
     job["runtime"] |= {"price_per_kwh": 0.3, "price_per_hour": 2.0}
-    (rows["pretrain"] / "job.json").write_text(json.dumps(job))
-    made = report.collect(rows)
+    (drawn["pretrain"] / "job.json").write_text(json.dumps(job))
+    made = report.collect(drawn)
     text = report.to_markdown(made)
     assert re.search(
         r"\| pretrain \| 2:00 h \| 1 \| 120.0 Wh \| 4.04 \|", text

@@ -90,10 +90,11 @@ def test_a_task_run_for_each_row_with_the_tables_edges(toy: Toy) -> None:
 
 
 def test_a_second_run_is_cached_whole_and_a_deleted_artefact_runs_alone(toy: Toy) -> None:
+    made = toy.plan()
+    toy.make(made)
     run(toy)
     again = run(toy)
     assert again.is_completed() and set(names(again).values()) == {"Cached"}
-    made = toy.plan()
     shutil.rmtree(made.jobs["mid"].path)
     third = run(toy)
     assert {row for row, name in names(third).items() if name != "Cached"} == {"mid"}
@@ -109,29 +110,27 @@ def test_an_artefact_that_prefect_forgot_is_adopted(toy: Toy) -> None:
 
 
 def test_a_changed_recipe_runs_what_follows_only(toy: Toy) -> None:
-    run(toy)
+    toy.make(toy.plan())
     state = run(toy, "sft.steps=3")
     assert {row for row, name in names(state).items() if name == "Completed"} == {"sft", "sft_eval", "report"}
 
 
 def test_the_rerun_parameter_makes_a_stage_again(toy: Toy) -> None:
-    run(toy)
-    state = run(toy, rerun=["mid"])
-    assert {row for row, name in names(state).items() if name == "Completed"} == {
-        "mid",
-        "sft",
-        "sft_eval",
-        "report",
-    }
+    toy.make(toy.plan())
+    state = run(toy, rerun=["sft"])
+    rerun = {row for row, name in names(state).items() if name == "Completed"}
+    assert rerun == {"sft", "sft_eval", "report"}
     assert len(toy.starts(toy.plan(), "pretrain")) == 1
 
 
 def test_until_ends_there(toy: Toy) -> None:
+    toy.make(toy.plan(), "shards")
     state = run(toy, until="pretrain")
     assert set(state.result()) == {"shards", "pretrain"}
 
 
 def test_a_stage_that_fails_fails_the_run_and_keeps_what_was_done(toy: Toy) -> None:
+    toy.make(toy.plan(), "shards")
     state = run(toy, "mid.fail_at=2")
     assert state.is_failed() and "the loss is not finite at step 2" in (state.message or "")
     with pytest.raises(StageFailed):
@@ -143,6 +142,7 @@ def test_a_workers_run_that_fails_says_in_a_sentence_what_and_how_to_go_on(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "one")  # where a worker starts it
+    toy.make(toy.plan(until="base_loss"))
     failed = run(toy, "mid.fail_at=2")
     again = f"prefect flow-run retry {flow_run_of(failed).id}"
     command = f"nanochat run {PROFILE} --base-dir {toy.base_dir} --set mid.fail_at=2"
@@ -172,11 +172,15 @@ def test_dear_work_is_not_left_unused_unless_accepted(toy: Toy) -> None:
         CostRefused, match=r"pretrain runs again \(pretrain.depth: 2 -> 3\), 2:30 h go unused"
     ):
         state.result()
-    assert run(toy, "pretrain.depth=3", accept_cost=True).is_completed()
+    assert run(toy, "pretrain.depth=3", accept_cost=True, until="pretrain").is_completed()
 
 
 def test_the_ui_is_told_how_far_a_stage_is(toy: Toy) -> None:
-    run(toy, "base_loss.questions=11")
+    made = toy.plan(until="sft")
+    toy.make(made)
+    for name in ("pretrain", "sft"):
+        shutil.rmtree(made.jobs[name].path)
+    run(toy, until="sft")
     bar = artifacts("pretrain-progress")[0]
     assert bar.data == 100.0 and "6/6" in (bar.description or "") and "loss" in (bar.description or "")
     curve = artifacts("sft-curve")[0]
@@ -195,13 +199,16 @@ def test_a_server_in_trouble_does_not_disturb_the_training(toy: Toy, monkeypatch
     ):
         monkeypatch.setattr(watch, name, broken)
     monkeypatch.setattr(watch, "CANCEL_SECONDS", 0.05)
-    assert run(toy, "pretrain.pause=0.05").is_completed()
+    toy.make(toy.plan(), "shards")
+    assert run(toy, "pretrain.pause=0.05", until="pretrain").is_completed()
 
 
 def test_a_cancelled_run_stops_with_a_checkpoint(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "CANCEL_SECONDS", 0.2)
     slow = ("pretrain.steps=1000", "pretrain.pause=0.02")
-    job = toy.plan(*slow).jobs["pretrain"]
+    made = toy.plan(*slow)
+    toy.make(made, "shards")
+    job = made.jobs["pretrain"]
 
     def cancel() -> None:
         while plans.saved_step(job.path) is None:
@@ -215,7 +222,7 @@ def test_a_cancelled_run_stops_with_a_checkpoint(toy: Toy, monkeypatch: pytest.M
     state = run(toy, *slow)
     thread.join()
     assert state.is_cancelled() and "saved a checkpoint" in (state.message or "")
-    assert plans.explain(toy.plan(*slow))["pretrain"].state == "resume"
+    assert plans.explain(made)["pretrain"].state == "resume"
 
 
 def test_damage_done_while_a_run_is_on_its_way_is_repaired_by_it(toy: Toy) -> None:

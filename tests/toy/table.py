@@ -5,6 +5,7 @@ not disturb.
 """
 
 import hashlib
+import json
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 from nanochat_core.artifacts.stage import Interrupted, Job, Metrics, Recipe, Stage
-from nanochat_core.artifacts.store import write_whole
+from nanochat_core.artifacts.store import entry, write_whole
 
 
 class Text(Recipe):
@@ -78,6 +79,7 @@ def train(cfg: Training, job: Job) -> Metrics:
         folder = job.path / "checkpoints" / "half"
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "state", state)
+        write_whole(folder / "manifest.json", json.dumps({"files": {"state": entry(folder / "state")}}))
         folder.rename(folder.with_name(f"step_{step:08d}"))
         rates: dict[str, float] = {"lr": 0.02 * (1 - step / cfg.steps), "tokens_per_s": 1000.0 + step}
         job.record(step=step, steps=cfg.steps, loss=5 - 3 * step / cfg.steps, **rates)
