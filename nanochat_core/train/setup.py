@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT, load_model, read_config, write_config
-from nanochat_core.optim.groups import parameter_groups
+from nanochat_core.optim.groups import Group, parameter_groups
 from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates
 from nanochat_core.tokenizer.bpe import Tokenizer
@@ -21,12 +22,14 @@ class Summing(Protocol):
     def __call__(self, *values: float) -> list[float]: ...
 
 
-def new_state(model: GPT, rates: Rates, world: World) -> TrainState:
-    """A model on its device with a fresh optimizer, at the beginning of its data."""
+def new_state(model: GPT, rates: Rates, world: World, groups: Sequence[Group] | None = None) -> TrainState:
+    """A model on its device with a fresh optimizer, at the beginning of its data. `groups` are nanochat's at
+    these rates unless given."""
     model = model.to(world.device).train().requires_grad_(True)
     model.compute_dtype = world.dtype
-    groups = parameter_groups(model, rates)
-    optimizer = Optimizer(groups, rank=world.rank, size=world.size, dtype=world.dtype)
+    optimizer = Optimizer(
+        groups or parameter_groups(model, rates), rank=world.rank, size=world.size, dtype=world.dtype
+    )
     return TrainState(model, optimizer, cursor={})
 
 
