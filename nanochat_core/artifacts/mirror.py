@@ -20,7 +20,7 @@ from nanochat_core.artifacts.stage import Job, Runtime
 
 AWAY_SECONDS = 60.0  # a mirror that did not answer is not asked again for so long
 KEEP = 2  # checkpoints of an unfinished stage
-RECORDS = ("job.json", "attempts.jsonl", "machine.jsonl", "metrics.jsonl", "log.txt")
+RECORDS = ("job.json", "attempts.jsonl", "machine.jsonl", "metrics.jsonl", "transcript.jsonl", "log.txt")
 # Of the s3 driver, unless fsspec's own configuration says otherwise: an address that does not answer is known
 # after seconds, not minutes.
 IMPATIENT = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 1}}}

@@ -71,6 +71,10 @@ class Runtime(BaseModel):
     price_per_kwh: float | None = Field(None, ge=0)  # in your currency; the report reckons each stage's cost
     price_per_hour: float | None = Field(None, ge=0)  # of a rented machine
     keep_checkpoints: int = Field(2, ge=1)  # of an unfinished stage; a finished one keeps only its weights
+    # Pairs of neighbouring checkpoints to keep for `nanochat audit`, evenly over a training stage; they stay
+    # when it is finished. A pair is twice the size of a checkpoint.
+    audit_stretches: int = Field(0, ge=0)
+    stop_step: int | None = Field(None, ge=1)  # save there and end as if told to, as an audit's replay does
     mirror: str | None = None  # an fsspec URL that takes copies, from which another machine goes on
 
     @property

@@ -210,7 +210,8 @@ class Decoder:
             return self._norm(self._weights.embed(ids.clamp(min=0))) * (ids >= 0)[:, None]
 
         def turn(qk: Tensor) -> Tensor:
-            return (self._head_norm(qk.float()).view(torch.complex64) * rope).view(torch.float32)
+            turned: Tensor = self._head_norm(qk.float()).view(torch.complex64) * rope
+            return turned.view(torch.float32)
 
         def attend(layer: int, turned: Sequence[Tensor], v: Tensor) -> Tensor:
             (qk,) = turned

@@ -109,7 +109,8 @@ def sizes(plan: Plan, name: str, verdict: Verdict, old: Mapping[str, Any] | None
     if not works(verdict) or not _trains(plan, name):
         return disk, 0
     # weights and two moments in fp32 for each checkpoint kept, and the one that is being written
-    return disk, round(12 * _params(plan) * (plan.runtime.keep_checkpoints + 1))
+    checkpoints = plan.runtime.keep_checkpoints + 1 + 2 * plan.runtime.audit_stretches
+    return disk, round(12 * _params(plan) * checkpoints)
 
 
 def needs(plan: Plan, verdicts: Mapping[str, Verdict]) -> Need:

@@ -11,7 +11,7 @@ from nanochat_core.runner.launch import lock_path
 from nanochat_core.runner.status import at_work
 
 FINGERPRINT = re.compile("[0-9a-f]{20}")
-ASIDE = (".rerun", ".damaged", ".old", ".part")
+ASIDE = (".rerun", ".audit", ".damaged", ".old", ".part")
 
 
 class Unused(NamedTuple):

@@ -1,6 +1,5 @@
 """From a profile and overrides to jobs, and what would happen to each: hit, resume or run, and why."""
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -271,7 +270,7 @@ def read_job(directory: Path) -> dict[str, Any] | None:
 def by_other_code(plan: Plan, verdicts: Mapping[str, Verdict]) -> list[str]:
     """Finished rows whose artefact another state of this library made. That is worth a word, never a re-run
     by itself: when a stage's meaning changes, its `version` says so."""
-    today = code_digest()
+    today = store.code_digest()
     records = {name: read_job(plan.jobs[name].path) for name in verdicts if verdicts[name].state == "hit"}
     return [
         name
@@ -354,15 +353,6 @@ def wasted(plan: Plan, verdicts: Mapping[str, Verdict]) -> dict[str, float]:
         if result is not None:
             lost[name] = float(result["seconds"])
     return lost
-
-
-def code_digest() -> str:
-    """A digest of this library's source, so that an artefact can say it was made by other code."""
-    h = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        h.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return h.hexdigest()[:20]
 
 
 # Reading profiles and overrides.

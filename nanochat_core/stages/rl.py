@@ -163,6 +163,7 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
         def watched(state: TrainState) -> Iterator[Batch]:
             """Batches of rollouts, each seen by the monitor first; what it knows is part of the place."""
             nonlocal monitor
+            state.cursor = state.cursor.get("ranks", [state.cursor])[0]  # the same place on every rank
             known = state.cursor.get("monitor")
             monitor = None if known is None else Monitor.restored(limits, known)
             return stream(state)

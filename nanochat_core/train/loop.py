@@ -22,7 +22,7 @@ from nanochat_core.data.batch import Batch
 from nanochat_core.machine.hardware import peak_flops
 from nanochat_core.machine.ranks import World
 from nanochat_core.optim.schedule import Schedule
-from nanochat_core.train.checkpoint import Saver, TrainState
+from nanochat_core.train.checkpoint import Fault, Saver, TrainState
 from nanochat_core.train.repeatable import repeatable
 
 Batches = Callable[[TrainState], Iterator[Batch]]
@@ -39,10 +39,6 @@ class Hook(NamedTuple):
 
     def due(self, step: int, steps: int) -> bool:
         return step in (0, steps) or (self.every > 0 and step % self.every == 0)
-
-
-class Fault(Exception):
-    """A loss or gradient that is not finite."""
 
 
 def fit(
@@ -63,9 +59,21 @@ def fit(
     Weights of a batch are divided by the count of all ranks, so neither the number of ranks nor the device
     batch changes what is computed. A checkpoint is made before hooks run, on the clock, on a step count and
     when the process is told to stop.
+
+    After a Fault the run goes back to the newest checkpoint and repeats what followed, for most are the
+    machine's and do not come again. One that does is met by passing over its batch, from one checkpoint
+    further back; a third ends the run.
     """
     hooks = tuple(hooks)
-    saver = Saver(job.path, world, job.runtime.keep_checkpoints)
+    fp8 = job.runtime.precision == "fp8"
+    saver = Saver(
+        job.path,
+        world,
+        job.runtime.keep_checkpoints,
+        precision="fp8" if fp8 else str(world.dtype).removeprefix("torch."),
+        audits=job.runtime.audit_stretches,
+        steps=steps,
+    )
     resumed = saver.resume(state)
     if world.is_first:
         rewind_metrics(job.path / "metrics.jsonl", state.step, keep=resumed)
@@ -73,6 +81,8 @@ def fit(
             print(f"going on from the checkpoint at step {state.step} of {steps}", flush=True)
     runner = _Runner(job, world, state, compile)
     runner.rows = rows_that_fit(job, world, runner.rows)
+    resumed_at = state.step
+    place, times = -1, 0  # the furthest batch with a Fault, and how many there were without getting past it
     with stop_signals() as stopping:
         while True:
             try:
@@ -92,18 +102,26 @@ def fit(
                 )
                 return
             except Fault as fault:
-                if state.drawn in state.skip or state.skip[-1:] == [state.drawn - 1]:
+                times = times + 1 if fault.batch <= place + 1 else 1
+                place = fault.batch if times == 1 else max(place, fault.batch)
+                if times == 3:
                     raise ValueError(
-                        f"{fault}, twice in the same place; look at the data there, or lower the rates"
+                        f"{fault}, for the third time in the same place; "
+                        "look at the data there, test the memory, or lower the rates"
                     ) from None
-                skip = sorted({*state.skip, state.drawn})
-                print(f"{fault}; going back to the last checkpoint and passing over that batch", flush=True)
                 saver.wait()
-                state.skip = skip
+                saver.keep = job.runtime.keep_checkpoints + 1  # the newest may be what is wrong
+                if times == 1:
+                    print(f"{fault}; going back to the last checkpoint", flush=True)
+                else:
+                    print(f"{fault}, again; passing over batch {fault.batch}", flush=True)
+                    state.skip = sorted({*state.skip, fault.batch})
+                    saver.discard(resumed_at)
                 if not saver.resume(state):  # to go on would repeat data on weights that have seen it
                     raise ValueError(
                         f"{fault}, and no checkpoint is whole to go back to; run it again, from step 0"
                     ) from None
+                resumed_at = state.step
                 if world.is_first:
                     rewind_metrics(job.path / "metrics.jsonl", state.step, keep=True)
 
@@ -131,21 +149,27 @@ def _run(
         while True:
             if (
                 (job.runtime.save_steps and state.step % job.runtime.save_steps == 0)
-                or state.step in (0, steps)
+                or state.step in (0, steps, job.runtime.stop_step)
                 or any(hook.due(state.step, steps) for hook in hooks)
                 or world.any(time.monotonic() - saved > 60 * job.runtime.save_minutes)
             ):
                 state.cursor = place()
                 saver.save(state)
                 saved = time.monotonic()
+            if state.step == job.runtime.stop_step:
+                raise Interrupted
             for hook in hooks:
                 if hook.due(state.step, steps):
                     found = hook.action(state)
+                    for name, value in found.items():
+                        if isinstance(value, float) and not math.isfinite(value):
+                            raise Fault(f"{name} is {value} at step {state.step}", state.drawn - 1)
                     if world.is_first and found:
                         job.record(
                             step=state.step, steps=steps, **{k: v for k, v in found.items() if v is not None}
                         )
             if state.step >= steps:
+                saver.inspect(state)
                 return
             if world.any(stopping()):
                 state.cursor = place()
@@ -164,12 +188,13 @@ def _run(
             mine = runner.backward(batch, count)
             if runner.rows != rows:
                 keep_rows(job, world, runner.rows)
-            loss = world.sum(mine)[0]
-            grad_norm = state.optimizer.reduce()
+            loss, norms = world.sum(mine, state.optimizer.reduce())
+            grad_norm = norms / world.size  # all ranks must judge the same number
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise Fault(
                     f"batch {state.drawn} at step {state.step} gave a loss of {loss} "
-                    f"and a gradient of {grad_norm}"
+                    f"and a gradient of {grad_norm}",
+                    state.drawn,
                 )
             lr = schedule.lr(state.step, steps)
             if (

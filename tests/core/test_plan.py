@@ -200,6 +200,6 @@ def test_artefacts_of_other_code_are_named_and_kept(toy: Toy, monkeypatch: pytes
     toy.make(made)
     verdicts = plan.explain(made)
     assert plan.by_other_code(made, verdicts) == []
-    monkeypatch.setattr(plan, "code_digest", lambda: "another")
+    monkeypatch.setattr(store, "code_digest", lambda: "another")
     assert plan.by_other_code(made, verdicts) == list(made.jobs)
     assert all(verdict.state == "hit" for verdict in plan.explain(made).values())
