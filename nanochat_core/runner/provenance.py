@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from nanochat_core.artifacts import store
 from nanochat_core.machine import hardware
-from nanochat_core.runner.plan import code_digest
 
 
 def provenance() -> dict[str, Any]:
@@ -19,7 +19,7 @@ def provenance() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     return {
         **git_state(),
-        "code": code_digest(),
+        "code": store.code_digest(),
         "versions": versions,
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -7,13 +7,13 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from test_services import Machine, until
+from toys import Command
 
 from nanochat_core.cli.options import usable
 from nanochat_core.machine import systemd
@@ -51,18 +51,10 @@ def test_the_unit_names_this_python_and_survives_all_it_can() -> None:
         systemd.unit(Path("/srv/100%"), 4200, system=False, user="ada")
 
 
-def test_a_dry_run_shows_everything_and_does_nothing(tmp_path: Path) -> None:
-    env = os.environ | {"XDG_CONFIG_HOME": str(tmp_path), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
-    words = [
-        sys.executable,
-        "-m",
-        "nanochat_core.cli.main",
-        "install-services",
-        "--dry-run",
-        "--user-name",
-        "ada",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, env=env)
+def test_a_dry_run_shows_everything_and_does_nothing(command: Command, tmp_path: Path) -> None:
+    env = {"XDG_CONFIG_HOME": str(tmp_path)}
+    words = ["install-services", "--dry-run", "--user-name", "ada"]
+    done = command(*words, env=env)
     assert done.returncode == 0, done.stderr
     unit = tmp_path / "systemd" / "user" / "nanochat.service"
     for said in (
@@ -73,19 +65,19 @@ def test_a_dry_run_shows_everything_and_does_nothing(tmp_path: Path) -> None:
     ):
         assert said in done.stdout
     assert list(tmp_path.iterdir()) == []
-    done = subprocess.run([*words, "--system"], capture_output=True, text=True, env=env)
+    done = command(*words, "--system", env=env)
     assert "systemctl mask sleep.target" in done.stdout and "runuser -u ada" in done.stdout
 
 
-def test_a_dry_run_for_the_machine_names_who_really_runs_it_and_their_home() -> None:
+def test_a_dry_run_for_the_machine_names_who_really_runs_it_and_their_home(command: Command) -> None:
     nobody = pwd.getpwnam("nobody")
-    env = {name: value for name, value in os.environ.items() if name != "NANOCHAT_BASE_DIR"}
-    words = [sys.executable, "-m", "nanochat_core.cli.main", "install-services", "--dry-run", "--system"]
-    done = subprocess.run(words, capture_output=True, text=True, env=env | {"SUDO_USER": "nobody"})
+    words = ["install-services", "--dry-run", "--system"]
+    unset = {"NANOCHAT_BASE_DIR": None}
+    done = command(*words, env=unset | {"SUDO_USER": "nobody"})
     assert done.returncode == 0, done.stderr
     assert "User=nobody" in done.stdout and "runuser -u nobody" in done.stdout
     assert f"NANOCHAT_BASE_DIR={nobody.pw_dir}/.cache/nanochat" in done.stdout  # not root's home
-    done = subprocess.run([*words, "--user-name", "n0body"], capture_output=True, text=True, env=env)
+    done = command(*words, "--user-name", "n0body", env=unset)
     assert done.returncode == 2 and "there is no user n0body on this machine" in done.stderr
 
 
