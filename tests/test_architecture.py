@@ -1,9 +1,12 @@
 """The direction of imports, and what importing must not load."""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -80,7 +83,7 @@ def shown(path: Path) -> str:
 
 def test_lower_never_imports_higher() -> None:
     for path in sources("nanochat_core"):
-        if path.parent == CORE and path.stem == "__init__":
+        if path.parent == CORE and path.stem in ("__init__", "__main__"):
             continue
         own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         here = layer(own)
@@ -98,6 +101,36 @@ def test_only_the_command_line_imports_flows_and_nothing_imports_prefect() -> No
         foreign = {"prefect"} if path.parent.name == "cli" else {"prefect", "flows"}
         for name in imports(path):
             assert name.split(".")[0] not in foreign, f"{shown(path)} imports {name}"
+
+
+def test_commands_of_this_python_are_made_in_one_place() -> None:
+    """Elsewhere somebody would forget -P; the sandbox has -I."""
+    places = {
+        shown(path)
+        for path in sources("nanochat_core", "flows")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.executable"
+    }
+    assert places == {"nanochat_core/machine/installed.py", "nanochat_core/infer/sandbox.py"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    always = distributions(project["dependencies"])
+    optional = distributions(line for extra in project["optional-dependencies"].values() for line in extra)
+    used = {name.split(".")[0] for path in sources("nanochat_core", "flows") for name in imports(path)}
+    made_of = packages_distributions()
+    imported = set()
+    for name in used - sys.stdlib_module_names - {"flows", "nanochat_core"}:
+        found = distributions(made_of[name])
+        assert found & (always | optional), f"{name} is imported; declare {' or '.join(sorted(found))}"
+        imported |= found
+    assert always <= imported
+
+
+def distributions(lines: Iterable[str]) -> set[str]:
+    """The normalised names that requirements begin with."""
+    return {re.sub("[-_.]+", "-", re.split(r"[^\w.-]", line)[0]).lower() for line in lines}
 
 
 def test_the_top_level_holds_the_table_and_packages() -> None:

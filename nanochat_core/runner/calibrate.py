@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from nanochat_core.artifacts import store
 from nanochat_core.artifacts.stage import Runtime, canonical
 from nanochat_core.machine import guard, hardware
+from nanochat_core.machine.installed import module
 from nanochat_core.model.flops import flops_per_token, num_params
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.report.published import EXPECTED
@@ -210,7 +211,7 @@ def calibrate(plan: Plan, say: Callable[[str], object]) -> Calibration:
 def _child(asked: str) -> dict[str, Any]:
     """The child's findings; it is ended if memory runs short, as a stage would be."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "nanochat_core.runner.calibrate", asked],
+        module("nanochat_core.runner.calibrate", asked),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

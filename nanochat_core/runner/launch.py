@@ -25,6 +25,7 @@ from typing import Any
 from nanochat_core.artifacts import orphans, store
 from nanochat_core.artifacts.stage import Interrupted, Job, Metrics, Runtime, Stage
 from nanochat_core.machine import guard, hardware
+from nanochat_core.machine.installed import SAFE_PATH, module
 from nanochat_core.runner import inputs, rendezvous, sync
 from nanochat_core.runner.exits import DISK_FULL, FULL, killed_rank, last_words, said_since
 from nanochat_core.runner.plan import Plan, judge, rerun_path, saved_step
@@ -110,7 +111,7 @@ def launch(
     begin = log.stat().st_size if log.exists() else 0
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "nanochat_core.runner.launch", str(work / "job.json")],
+            module("nanochat_core.runner.launch", str(work / "job.json")),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -179,7 +180,8 @@ def environment() -> dict[str, str]:
     """A stage's: ours without the orchestrator's settings, for what a model writes may run in it, and these
     hold the password of the API and of its database."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-    return SETTINGS | ours | {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())}
+    own = {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())}
+    return SETTINGS | ours | SAFE_PATH | own
 
 
 def insist(
@@ -450,11 +452,12 @@ def become_torchrun(path: Path, runtime: Runtime) -> None:
         # of several machines the one that called holds the locks
         if rendezvous.ANSWER not in os.environ and not alone(*read_job_file(path), stack):
             return
-        launcher = ["-m", "torch.distributed.run", *rendezvous.torchrun(path.resolve(), runtime)]
+        ranks = ["-m", "nanochat_core.runner.launch", str(path)]
+        command = module("torch.distributed.run", *rendezvous.torchrun(path.resolve(), runtime), *ranks)
         os.environ[LOCKED] = "1"
         os.environ["NANOCHAT_PARENT"] = str(os.getpid())  # of the ranks, once this process is torchrun
         # the death signal survives exec, so torchrun is told too
-        os.execv(sys.executable, [sys.executable, *launcher, "-m", "nanochat_core.runner.launch", str(path)])
+        os.execv(command[0], command)
 
 
 def main(argv: list[str]) -> int:
