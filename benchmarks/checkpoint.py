@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanochat_core.artifacts.stage import Runtime
+from nanochat_core.machine.ranks import World, pick_dtype
 from nanochat_core.model.gpt import GPT, GPTConfig
 from nanochat_core.optim.schedule import Rates
-from nanochat_core.stage import Runtime
 from nanochat_core.train.checkpoint import Saver, TrainState
-from nanochat_core.train.ranks import World, pick_dtype
 from nanochat_core.train.setup import new_state
 
 DEPTH, T, V, B = 4, 512, 4096, 8

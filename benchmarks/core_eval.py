@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanochat_core.data import bundle, corpus
 from nanochat_core.eval import core
 from nanochat_core.eval.subject import from_transformers
 from nanochat_core.infer.exported import export
 from nanochat_core.model.gpt import GPT, write_config
 from nanochat_core.model.shape import GPTConfig
+from nanochat_core.sources import bundle, corpus
 from nanochat_core.tokenizer.bpe import Tokenizer, train
 from nanochat_core.train.checkpoint import save_model
 

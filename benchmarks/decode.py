@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from nanochat_core.chat.load import load_chat
 from nanochat_core.infer.engine import Engine
 from nanochat_core.infer.exported import export
+from nanochat_core.infer.load import load_chat
 from nanochat_core.infer.sampling import Sampling
 from nanochat_core.model.gpt import GPT, load_model, write_config
 from nanochat_core.model.shape import GPTConfig

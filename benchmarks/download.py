@@ -28,8 +28,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from nanochat_core.data.fetch import fetch
-from nanochat_core.data.request import Remote
+from nanochat_core.sources.download import fetch
+from nanochat_core.sources.http import Remote
 
 WORKERS = 4
 ATTEMPTS = 12  # of the peers, for each file

@@ -28,9 +28,9 @@ from typing import Any
 from faults import FAULTS, INTERRUPTING, Drill, Made, NoEffect, set_clock
 from machine import Machine, Postgres, until
 
-from nanochat_core import plan as plans
-from nanochat_core import store
-from nanochat_core.launch import result_of
+from nanochat_core.artifacts import store
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.launch import result_of
 
 TRAINED = ("pretrain", "mid", "sft", "rl")
 DAMAGES = ("artefact deleted", "artefact truncated", "one bit flipped")

@@ -15,8 +15,8 @@ from typing import Any
 
 from machine import Machine, Postgres, until
 
-from nanochat_core import plan as plans
-from nanochat_core import store
+from nanochat_core.artifacts import store
+from nanochat_core.runner import plan as plans
 
 RESUME_SECONDS = 300.0
 

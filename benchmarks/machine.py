@@ -40,10 +40,10 @@ def role(words: list[str]) -> str | None:
         ("worker", "worker start"),
         ("server", "server start"),
         ("server", "prefect.server.api.server:create_app"),
-        ("stage", "nanochat_core.launch"),
+        ("stage", "nanochat_core.runner.launch"),
         ("flow", "prefect.engine"),
         ("flow", "flow-run execute"),
-        ("command", "flows.cli"),
+        ("command", "nanochat_core.cli.main"),
     ):
         if mark in text:
             return name
@@ -65,7 +65,7 @@ class Machine:
 
     def command(self, *words: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *words],
+            [sys.executable, "-m", "nanochat_core.cli.main", *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

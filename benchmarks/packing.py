@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from nanochat_core.data import shards
-from nanochat_core.data.documents import Shard, row_group
 from nanochat_core.data.packed import BUFFER_DOCS, packed
+from nanochat_core.sources import shard_sets
+from nanochat_core.sources.documents import Shard, row_group
 from nanochat_core.tokenizer.bpe import Tokenizer, train
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     summary: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        files = shards.embedded(Path(folder)).train
+        files = shard_sets.embedded(Path(folder)).train
         tokenizer = train(islice(documents(files), 2000), options.vocab_size)
         print(f"{'T':>6} {'crop: lost':>11} {'ours: lost':>11} {'crop: bos':>10} {'ours: bos':>10}")
         for T in (256, 512, 2048):

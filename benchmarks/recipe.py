@@ -22,10 +22,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nanochat_core.data.documents import MANIFEST, Shards, shard_list, texts
-from nanochat_core.data.shards import describe, manifest, write_shard
+from nanochat_core.artifacts.stage import Job, Recipe, Runtime
 from nanochat_core.model.flops import flops_per_token
-from nanochat_core.stage import Job, Recipe, Runtime
+from nanochat_core.sources.documents import MANIFEST, Shards, shard_list, texts
+from nanochat_core.sources.shard_sets import describe, manifest, write_shard
 from nanochat_core.stages import pretrain, shards
 from nanochat_core.tokenizer.bpe import train
 

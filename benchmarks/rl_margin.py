@@ -15,9 +15,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat_core import plan as plans
-from nanochat_core import store
-from nanochat_core.launch import launch
+from nanochat_core.artifacts import store
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.launch import launch
 
 
 class Gain(NamedTuple):

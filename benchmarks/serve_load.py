@@ -26,9 +26,9 @@ import httpx
 import torch
 import uvicorn
 
-from nanochat_core.chat.load import fastest
 from nanochat_core.chat.web import Limits, create_app
 from nanochat_core.infer.engine import Engine
+from nanochat_core.infer.load import fastest
 from nanochat_core.model.gpt import GPT
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.tokenizer.bpe import Tokenizer

@@ -304,7 +304,7 @@ BATCH_ENCODERS: dict[str, Callable[[argparse.Namespace, int], Callable[[list[str
 
 def installed_english() -> Iterator[str]:
     """The demo's corpus, Python's documentation and standard library, and the docs of installed packages."""
-    from nanochat_core.data.corpus import documents
+    from nanochat_core.sources.corpus import documents
 
     for document in documents():
         yield from pieces(document)

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat_core.artifacts.stage import Runtime
+from nanochat_core.machine.ranks import pick_dtype
 from nanochat_core.model.gpt import GPT, GPTConfig
 from nanochat_core.optim.groups import parameter_groups
 from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates
-from nanochat_core.stage import Runtime
-from nanochat_core.train.ranks import pick_dtype
 
 DEPTH, T, V, B = 4, 512, 4096, 8
 Step = Callable[[Tensor], tuple[float, float]]

@@ -18,9 +18,9 @@ import uvicorn
 from browser import chromium
 from playwright.sync_api import Browser, Page
 
-from nanochat_core.chat.load import load_chat
 from nanochat_core.chat.web import about, create_app
 from nanochat_core.infer.engine import Engine
+from nanochat_core.infer.load import load_chat
 
 MARKDOWN = """\
 Sorting is **easy** in Python:

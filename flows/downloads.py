@@ -16,15 +16,15 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from nanochat_core.data.fetch import Fetched, fetch_one, here, offline
-from nanochat_core.data.request import Remote, Stopped
-from nanochat_core.data.shards import folder_of
-from nanochat_core.plan import Plan, judge
-from nanochat_core.progress import News, Row, count
-from nanochat_core.stage import Interrupted
+from nanochat_core.artifacts.progress import News, Row, count
+from nanochat_core.artifacts.stage import Interrupted
+from nanochat_core.artifacts.store import locked
+from nanochat_core.runner.plan import Plan, judge
+from nanochat_core.sources.download import Fetched, fetch_one, here, offline
+from nanochat_core.sources.http import Remote, Stopped
+from nanochat_core.sources.shard_sets import folder_of
 from nanochat_core.stages.shards import Config
 from nanochat_core.stages.shards import files as files_of
-from nanochat_core.store import locked
 
 TASKS = 24  # of one stage at most: a task run for each of 800 files would bury the graph
 LOOK_SECONDS = 0.5

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from nanochat_core.launch import STOP_SECONDS
-from nanochat_core.status import at_work
+from nanochat_core.runner.launch import STOP_SECONDS
+from nanochat_core.runner.status import at_work
 
 
 def engines(base_dir: Path) -> list[psutil.Process]:
@@ -63,7 +63,7 @@ def stages(base_dir: Path, flows: Sequence[psutil.Process]) -> list[psutil.Proce
 def job_of(process: psutil.Process) -> Path | None:
     """The directory of the job that a stage's process works on."""
     words = process.cmdline()
-    if "nanochat_core.launch" not in words or not words[-1].endswith("/job.json"):
+    if "nanochat_core.runner.launch" not in words or not words[-1].endswith("/job.json"):
         return None
     return Path(words[-1]).parent
 

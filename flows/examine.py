@@ -6,9 +6,9 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from nanochat_core.doctor import preflight
-from nanochat_core.plan import Plan, Verdict
-from nanochat_core.progress import Terminal
+from nanochat_core.runner.doctor import preflight
+from nanochat_core.runner.plan import Plan, Verdict
+from nanochat_core.runner.terminal import Terminal
 
 
 @task(name="doctor", task_run_name="doctor", cache_policy=NO_CACHE)

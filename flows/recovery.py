@@ -38,8 +38,8 @@ from prefect.exceptions import Abort
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed
 
 from flows.whose import WORKERS, worker_name
-from nanochat_core import plan as plans
-from nanochat_core import store
+from nanochat_core.artifacts import store
+from nanochat_core.runner import plan as plans
 
 FLOW = "speedrun"
 EVERY_SECONDS = 5.0

@@ -22,10 +22,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat_core import store
-from nanochat_core.launch import die_with_parent
-from nanochat_core.orphans import process as process_now
-from nanochat_core.status import at_work
+from nanochat_core.artifacts import store
+from nanochat_core.artifacts.orphans import process as process_now
+from nanochat_core.runner.launch import die_with_parent
+from nanochat_core.runner.status import at_work
 
 STARTUP_SECONDS = 120.0  # a fresh database on a slow disk takes 20
 SETTINGS = {

@@ -30,9 +30,9 @@ from flows.server import (
     supervised,
 )
 from flows.whose import worker_name
-from nanochat_core import orphans, store
-from nanochat_core.plan import saved_step
-from nanochat_core.status import at_work
+from nanochat_core.artifacts import orphans, store
+from nanochat_core.runner.plan import saved_step
+from nanochat_core.runner.status import at_work
 
 POOL = "nanochat"
 DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments" / "prefect.yaml"

@@ -16,18 +16,20 @@ from pydantic import Field
 
 from flows import downloads
 from flows.examine import examine
-from flows.published import publish_report
 from flows.recovery import default_base_dir, present
+from flows.report_page import publish_report
 from flows.watch import Cancellation, Watch
-from nanochat_core import inputs, nodes
-from nanochat_core import plan as plans
-from nanochat_core.copies import following
-from nanochat_core.last_words import log_tail
-from nanochat_core.launch import InputLost, StageFailed, insist, pending, result_of
+from nanochat_core.artifacts.progress import Row, span
+from nanochat_core.artifacts.stage import Interrupted, Metrics
 from nanochat_core.pipeline import STAGES
-from nanochat_core.plan import Plan
-from nanochat_core.progress import Row, Terminal, headline, span
-from nanochat_core.stage import Interrupted, Metrics
+from nanochat_core.report.headline import headline
+from nanochat_core.runner import inputs, rendezvous
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.exits import log_tail
+from nanochat_core.runner.launch import InputLost, StageFailed, insist, pending, result_of
+from nanochat_core.runner.plan import Plan
+from nanochat_core.runner.sync import following
+from nanochat_core.runner.terminal import Terminal
 
 REPAIRS = 5  # of artefacts damaged while a run was on its way; more than that is a broken disk
 DEAR_SECONDS = 3600.0  # finished work that a changed recipe may leave unused unless it is accepted
@@ -38,7 +40,8 @@ terminal: ContextVar[Terminal | None] = ContextVar("terminal", default=None)
 request: ContextVar[str | None] = ContextVar("request", default=None)
 """The name of a request to run stages again, if not the flow run's own id."""
 
-StageName = Annotated[str, Field(json_schema_extra={"enum": [stage.name for stage in STAGES]})]
+# A stage of the user's own has another name, so that these are examples and no enumeration.
+StageName = Annotated[str, Field(examples=[stage.name for stage in STAGES])]
 ProfileName = Annotated[str, Field(json_schema_extra={"enum": plans.profile_names()})]
 
 BY_FINGERPRINT = CacheKeyFnPolicy(
@@ -63,7 +66,8 @@ def speedrun(
 
     Args:
         profile: which model, data and machine
-        overrides: changes to the recipe, each as stage.key=value, for example pretrain.depth=4
+        overrides: changes to the recipe, each as stage.key=value, for example pretrain.depth=4;
+            profile.stages=["/where/it/is/my_stage.py:name"] adds a stage of yours
         rerun: stages to make again, with all that follows from them
         until: the last stage to run
         base_dir: where everything is kept; NANOCHAT_BASE_DIR or ~/.cache/nanochat if left empty
@@ -103,7 +107,7 @@ def train(
     token = request.get() or str(runtime.flow_run.id)
     verdicts = plans.explain(plan)
     refuse_cost(plan, verdicts, token, accept_cost)
-    nodes.refuse_loopback(plan.runtime)
+    rendezvous.refuse_loopback(plan.runtime)
     plans.remember(plan)
     log, screen = get_run_logger(), terminal.get()
     if plan.runtime.preflight and any(verdict.state != "hit" for verdict in verdicts.values()):
@@ -181,8 +185,8 @@ def train(
         copies.finish()
     if screen is not None:
         screen.sum_up()
-    if "report" in plan.jobs:
-        publish_report(plan.jobs["report"].path)
+    if plan.report is not None:
+        publish_report(plan.jobs[plan.report].path)
     return {name: result_of(job.path) for name, job in plan.jobs.items()}
 
 

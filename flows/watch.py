@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import ArtifactSort
 
-from nanochat_core.progress import News, Pace, Row, describe, is_progress
+from nanochat_core.artifacts.progress import News, Pace, Row, describe, is_progress
 from nanochat_core.report import curve_png, read_rows
 
 LOG_SECONDS = 15.0  # between two lines of a stage in the UI's log: 60,000 in ten days, about 40 MB

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from flows import services
-from nanochat_core import store
-from nanochat_core.plan import profile_names
+from nanochat_core.artifacts import store
+from nanochat_core.runner.plan import profile_names
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"

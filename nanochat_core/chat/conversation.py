@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from nanochat_core.infer.sampling import Sampling
 from nanochat_core.tokenizer.bpe import Tokenizer
-from nanochat_core.tokenizer.chat import Message, Part, render_for_completion
+from nanochat_core.tokenizer.render import Message, Part, render_for_completion
 
 DEFAULT = Sampling(temperature=0.6, top_k=50, max_tokens=512)
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints, Valida
 from nanochat_core.chat import conversation
 from nanochat_core.chat.conversation import DEFAULT, Piece
 from nanochat_core.infer.sampling import Sampling
-from nanochat_core.tokenizer import chat
+from nanochat_core.tokenizer import render
 
 # What clients send. Fields of OpenAI's API that are not named here (penalties, user, metadata, ...) are
 # accepted and have no effect. Those that would change what kind of answer comes back are refused.
@@ -109,11 +109,11 @@ class CompletionAsked(Asked):
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
-def messages_of(asked: list[InMessage], *, most: int, most_chars: int) -> list[chat.Message]:
+def messages_of(asked: list[InMessage], *, most: int, most_chars: int) -> list[render.Message]:
     """Our kind of messages. Neighbours with the same role, which some clients send, become one."""
     if len(asked) > most:
         raise ValueError(f"there are {len(asked)} messages, too long a conversation; {most} may be sent")
-    messages: list[chat.Message] = []
+    messages: list[render.Message] = []
     chars = 0
     for message in asked:
         role: Any = "system" if message.role == "developer" else message.role

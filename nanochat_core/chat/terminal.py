@@ -9,13 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nanochat_core.artifacts.store import write_whole
 from nanochat_core.chat.conversation import DEFAULT, Piece, Reader, fit, parts
-from nanochat_core.chat.load import Loaded
 from nanochat_core.chat.writers import writer
 from nanochat_core.infer.engine import Engine
+from nanochat_core.infer.load import Loaded
 from nanochat_core.infer.sampling import Sampling
-from nanochat_core.store import write_whole
-from nanochat_core.tokenizer.chat import Message
+from nanochat_core.tokenizer.render import Message
 
 Load = Callable[[str | None], Loaded]
 """Brings a model by the name the user gave it (None: the one to begin with); ValueError if there is none."""

@@ -14,7 +14,6 @@ from nanochat_core.chat import page
 from nanochat_core.chat.answer import Answer, Stream, events, unless_gone
 from nanochat_core.chat.conversation import Reader, fit
 from nanochat_core.chat.gate import LOCAL, Gate, Limits, key_check, tell_errors_in_openais_shape
-from nanochat_core.chat.load import Loaded
 from nanochat_core.chat.metrics import Measured, prometheus
 from nanochat_core.chat.schema import (
     ApiError,
@@ -28,6 +27,7 @@ from nanochat_core.chat.schema import (
 )
 from nanochat_core.chat.serving import Batcher, Busy, Failed
 from nanochat_core.infer.engine import Engine
+from nanochat_core.infer.load import Loaded
 from nanochat_core.infer.sampling import Sampling
 from nanochat_core.model.gpt import GPT
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat_core import store
+from nanochat_core.artifacts import store
+from nanochat_core.artifacts.stage import Runtime
 from nanochat_core.eval import core
 from nanochat_core.eval.subject import Subject, identity, load_subject
-from nanochat_core.stage import Runtime
-from nanochat_core.train.ranks import World, pick_device, pick_dtype
+from nanochat_core.machine.ranks import World, pick_device, pick_dtype
 
 
 class Done(NamedTuple):

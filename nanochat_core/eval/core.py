@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from nanochat_core import store
+from nanochat_core.artifacts import store
 from nanochat_core.eval.spans import BATCH_TOKENS, Candidate, Logits, common_prefix, score
+from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT
-from nanochat_core.train.ranks import World
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
 Example = dict[str, Any]

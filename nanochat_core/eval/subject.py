@@ -11,12 +11,12 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from nanochat_core.chat.load import load_chat
-from nanochat_core.data.fetch import offline
 from nanochat_core.eval.core import Tokens
 from nanochat_core.eval.spans import Logits
 from nanochat_core.infer.exported import is_exported
+from nanochat_core.infer.load import load_chat
 from nanochat_core.model.gpt import GPT
+from nanochat_core.sources.download import offline
 
 UNLIMITED = 10**6  # a tokenizer that claims a longer context than this knows of none
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat_core.artifacts.store import read_result
 from nanochat_core.model.shape import GPTConfig
-from nanochat_core.store import read_result
 
 
 def measured(directory: Path, stages: Sequence[str]) -> dict[str, Mapping[str, Any]]:

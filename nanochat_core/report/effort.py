@@ -7,12 +7,13 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from nanochat_core.machine import LATEST
-from nanochat_core.progress import headline, span
+from nanochat_core.artifacts.progress import span
+from nanochat_core.artifacts.stage import Metrics
+from nanochat_core.machine.hardware import LATEST
 from nanochat_core.report.curves import read_rows
+from nanochat_core.report.headline import headline
 from nanochat_core.report.pages import Block, Table, Text
 from nanochat_core.report.rows import Finished
-from nanochat_core.stage import Metrics
 
 # In training, for where nothing can be read: a Spark at the wall, as others measured it; of the rest a GPU's
 # share of its machine.

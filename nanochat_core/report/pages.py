@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat_core import store
-from nanochat_core.stage import Metrics
+from nanochat_core.artifacts import store
+from nanochat_core.artifacts.stage import Metrics
 
 STYLE = """
 :root { color-scheme: light; }

@@ -3,13 +3,13 @@
 Everything is here, whole and checked, before any training begins.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import field_validator
 
-from nanochat_core.stage import Job, Metrics, Recipe
+from nanochat_core.artifacts.planned import Planned
+from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
 if TYPE_CHECKING:
     from nanochat_core.data.tasks import Split
@@ -62,11 +62,11 @@ class Config(Recipe):
                 raise ValueError(f"{name!r} is not a data set to bring; those are {', '.join(SOURCES)}")
         return tasks
 
-    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
+    def facts(self, stage: Planned) -> dict[str, float]:
         return {"download": HUB_BYTES} if self.source == "hub" else {}
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Make the assets from the embedded corpus, or fetch those that the full-size profiles use."""
     if cfg.source == "embedded":
         _embedded(job.path)
@@ -82,9 +82,9 @@ def run(cfg: Config, job: Job) -> Metrics:
 def _embedded(path: Path) -> None:
     import json
 
-    from nanochat_core.data import bundle
+    from nanochat_core.artifacts.store import write_whole
     from nanochat_core.data.tasks import identity, words
-    from nanochat_core.store import write_whole
+    from nanochat_core.sources import bundle
 
     for name, content in bundle.files().items():
         (path / BUNDLE / name).parent.mkdir(parents=True, exist_ok=True)
@@ -93,11 +93,11 @@ def _embedded(path: Path) -> None:
     write_whole(path / WORDS, "\n".join(words.WORDS) + "\n")
 
 
-def _hub(cfg: Config, job: Job) -> None:
-    from nanochat_core.data.fetch import fetch, offline, unzip
-    from nanochat_core.data.request import Remote
+def _hub(cfg: Config, job: Job[Config]) -> None:
+    from nanochat_core.artifacts.store import locked, write_whole
     from nanochat_core.data.tasks.identity import mended
-    from nanochat_core.store import locked, write_whole
+    from nanochat_core.sources.download import fetch, offline, unzip
+    from nanochat_core.sources.http import Remote
 
     root = job.runtime.base_dir / "downloads" / "assets"
     names = {f"{BUNDLE}.zip": cfg.bundle_url, IDENTITY: cfg.identity_url, WORDS: cfg.words_url}
@@ -126,10 +126,10 @@ def _hub(cfg: Config, job: Job) -> None:
         write_whole(job.path / IDENTITY, content)
 
 
-def _identity(name: str, job: Job) -> None:
+def _identity(name: str, job: Job[Config]) -> None:
     """Keep a copy of the user's conversations: what is trained on stays as it was when it was checked."""
+    from nanochat_core.artifacts.store import write_whole
     from nanochat_core.data.tasks import identity
-    from nanochat_core.store import write_whole
 
     path = Path(name)
     if not path.is_file():
@@ -139,14 +139,14 @@ def _identity(name: str, job: Job) -> None:
     write_whole(job.path / IDENTITY, path.read_bytes())
 
 
-def _tasks(cfg: Config, job: Job) -> None:
+def _tasks(cfg: Config, job: Job[Config]) -> None:
     import time
 
-    from nanochat_core.data.fetch import offline
-    from nanochat_core.data.patience import Patience
-    from nanochat_core.data.request import endpoint
     from nanochat_core.data.tasks import humaneval, tables
     from nanochat_core.data.tasks.base import SPLITS
+    from nanochat_core.sources.download import offline
+    from nanochat_core.sources.http import endpoint
+    from nanochat_core.sources.retry import Patience
 
     if "humaneval" in cfg.tasks:
         humaneval.check_sandbox()
@@ -176,7 +176,7 @@ def _tasks(cfg: Config, job: Job) -> None:
 def _check_rows(name: str, split: "Split", assets: Path, folder: str) -> None:
     """Make conversations of a few thousand rows: what is wrong with the data is said now."""
     from nanochat_core.data.tasks import load_task, tables
-    from nanochat_core.tokenizer.chat import checked
+    from nanochat_core.tokenizer.render import checked
 
     task = load_task(name, split, assets=assets)
     order = tables.table(name, split, assets).order
@@ -191,9 +191,9 @@ def _check_rows(name: str, split: "Split", assets: Path, folder: str) -> None:
 
 def check(path: Path) -> Metrics:
     """Count what is there; an unreadable or incomplete piece is an error now, not after days of training."""
-    from nanochat_core.data.raw_text import not_utf8
     from nanochat_core.data.tasks import identity
     from nanochat_core.eval import core
+    from nanochat_core.sources.raw_text import not_utf8
 
     for file in [*sorted((path / BUNDLE).rglob("*.*")), path / WORDS]:
         if file.is_file() and (line := not_utf8(str(file))) is not None:

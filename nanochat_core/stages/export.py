@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from nanochat_core.stage import Job, Metrics, Recipe
+from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
 
 class Config(Recipe):
@@ -10,12 +10,12 @@ class Config(Recipe):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 is half the size
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Write the export into the job's own directory, with the numbers of every evaluation that was run."""
     import torch
 
+    from nanochat_core.artifacts.store import read_result
     from nanochat_core.infer.exported import export
-    from nanochat_core.store import read_result
 
     evaluations = {role: path for role, path in job.inputs.items() if role not in ("model", "tokenizer")}
     results = {role: read_result(path) or {} for role, path in evaluations.items()}

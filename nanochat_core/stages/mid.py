@@ -1,6 +1,6 @@
 """Midtraining: the base model learns the form of conversations, tool calls and many short facts."""
 
-from nanochat_core.stage import Job, Metrics
+from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.train.config import ChatTraining
 
 
@@ -20,7 +20,7 @@ class Config(ChatTraining):
     final_lr: float = 0.0
 
 
-def run(cfg: Config, job: Job) -> Metrics:
-    from nanochat_core.train.chat import train_on_conversations
+def run(cfg: Config, job: Job[Config]) -> Metrics:
+    from nanochat_core.train.finetune import train_on_conversations
 
     return train_on_conversations(cfg, job)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the last polish on chosen conversations; only the assistant's own words are
 learned."""
 
-from nanochat_core.stage import Job, Metrics
+from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.train.config import ChatTraining
 
 
@@ -24,7 +24,7 @@ class Config(ChatTraining):
     eval_every: int = 50
 
 
-def run(cfg: Config, job: Job) -> Metrics:
-    from nanochat_core.train.chat import train_on_conversations
+def run(cfg: Config, job: Job[Config]) -> Metrics:
+    from nanochat_core.train.finetune import train_on_conversations
 
     return train_on_conversations(cfg, job)

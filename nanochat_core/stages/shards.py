@@ -1,17 +1,17 @@
 """The text to pretrain on, as parquet shards shared between runs; the artefact is their list, shards.json."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
-from nanochat_core.data.hub import HUB
-from nanochat_core.stage import Job, Metrics, Recipe
+from nanochat_core.artifacts.planned import Planned
+from nanochat_core.artifacts.stage import Job, Metrics, Recipe
+from nanochat_core.sources.hub import HUB
 
 if TYPE_CHECKING:
-    from nanochat_core.data.patience import Tell, Wait
-    from nanochat_core.data.request import Remote
+    from nanochat_core.sources.http import Remote
+    from nanochat_core.sources.retry import Tell, Wait
 
 SHARD_BYTES = 100e6  # of 250 million characters as zstd parquet
 
@@ -47,23 +47,23 @@ class Config(Recipe):
             raise ValueError("max_chars belongs to the embedded corpus; limit other sources by count")
         return self
 
-    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
-        """What is to be downloaded; the shards that the tokenizer's row has brought are there already."""
+    def facts(self, stage: Planned) -> dict[str, float]:
+        """What is to be downloaded; the shards that an earlier row has brought are there already."""
         if self.source not in HUB:
             return {}
-        head = configs.get("shards_head")
-        known = head.count + 1 if head is not None and head is not self and head.source == self.source else 0
+        same = [one for one in stage.before if isinstance(one, Config) and one.source == self.source]
+        known = max(((one.count or 0) + 1 for one in same), default=0)
         return {"download": SHARD_BYTES * max(0, (self.count or 0) + 1 - known)}
 
 
 def files(cfg: Config, root: Path, patience: float, wait: "Wait", tell: "Tell") -> "list[Remote]":
     """What to download to `root`, the validation file last; nothing for a local source. It may have to ask
     the hub which commit is meant."""
-    from nanochat_core.data.fetch import offline
-    from nanochat_core.data.hub import commit_of
-    from nanochat_core.data.patience import Patience
-    from nanochat_core.data.request import endpoint
-    from nanochat_core.data.shards import hub_files, remotes
+    from nanochat_core.sources.download import offline
+    from nanochat_core.sources.http import endpoint
+    from nanochat_core.sources.hub import commit_of
+    from nanochat_core.sources.retry import Patience
+    from nanochat_core.sources.shard_sets import hub_files, remotes
 
     if isinstance(cfg.source, str) and cfg.source in HUB:
         left = None if offline() else Patience(endpoint(), patience, wait, tell)
@@ -75,15 +75,15 @@ def files(cfg: Config, root: Path, patience: float, wait: "Wait", tell: "Tell") 
     return remotes([*listed[:-1][: cfg.count], listed[-1]], root)
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Bring the shards and list them with sizes, hashes, rows and row groups."""
     import time
 
-    from nanochat_core.data import corpus, shards
-    from nanochat_core.data.documents import MANIFEST, Shards
-    from nanochat_core.data.fetch import offline
-    from nanochat_core.data.raw_text import PACKED, SUFFIXES
-    from nanochat_core.store import write_whole
+    from nanochat_core.artifacts.store import write_whole
+    from nanochat_core.sources import corpus, shard_sets
+    from nanochat_core.sources.documents import MANIFEST, Shards
+    from nanochat_core.sources.download import offline
+    from nanochat_core.sources.raw_text import PACKED, SUFFIXES
 
     root = job.runtime.base_dir / "downloads"
     root.mkdir(parents=True, exist_ok=True)
@@ -93,9 +93,9 @@ def run(cfg: Config, job: Job) -> Metrics:
     if cfg.source == "embedded":
         for sentence in corpus.missing():
             job.record(step=0, steps=1, note=sentence)
-        found = shards.embedded(root, cfg.max_chars)
+        found = shard_sets.embedded(root, cfg.max_chars)
     elif listed := files(cfg, root, patience, time.sleep, lambda waiting: job.arrived(0, 1, waiting)):
-        found = shards.download(
+        found = shard_sets.download(
             listed,
             root,
             workers=cfg.workers,
@@ -103,16 +103,16 @@ def run(cfg: Config, job: Job) -> Metrics:
             patience=patience,
             progress=job.arrived,
         )
-        commit = shards.revision(listed) or listed[0].commit
+        commit = shard_sets.revision(listed) or listed[0].commit
     elif isinstance(cfg.source, tuple) or "://" in cfg.source:
         places = (cfg.source,) if isinstance(cfg.source, str) else cfg.source
-        found = shards.from_filesystem(places, root, cfg.count, workers=cfg.workers, offline=offline())
+        found = shard_sets.from_filesystem(places, root, cfg.count, workers=cfg.workers, offline=offline())
     else:
         folder = Path(cfg.source)
         job.made_from(folder, SUFFIXES + PACKED)
-        found = shards.local(folder, root)
+        found = shard_sets.local(folder, root)
     found = Shards(found.train[: cfg.count], found.validation)
-    write_whole(job.path / MANIFEST, shards.manifest(found, root, commit))
+    write_whole(job.path / MANIFEST, shard_sets.manifest(found, root, commit))
     for shard in found.train + found.validation:
         if shard.path.is_relative_to(root):
             job.uses(shard.path)

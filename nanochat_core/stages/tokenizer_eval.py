@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from nanochat_core.stage import Job, Metrics, Recipe
+from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
 if TYPE_CHECKING:
     import tiktoken
@@ -23,11 +23,11 @@ class Config(Recipe):
     )  # of the train and validation text; the third digit has settled
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Measure, and write the table as tokenizer_eval.md and .json."""
-    from nanochat_core.data.documents import texts
-    from nanochat_core.data.fetch import offline
-    from nanochat_core.store import write_json, write_whole
+    from nanochat_core.artifacts.store import write_json, write_whole
+    from nanochat_core.sources.documents import texts
+    from nanochat_core.sources.download import offline
     from nanochat_core.tokenizer.bpe import load_tokenizer
     from nanochat_core.tokenizer.samples import SAMPLES
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat_core import store
-from nanochat_core.data.rollouts import Vitals
+from nanochat_core.artifacts import store
 from nanochat_core.model.gpt import GPT
 from nanochat_core.train.checkpoint import write_tensors
+from nanochat_core.train.rollouts import Vitals
 
 SIGMAS = 3.0  # standard errors by which a reward has to have fallen for the fall to be believed
 

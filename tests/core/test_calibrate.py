@@ -5,19 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_core import calibrate, forecast, launch, store
-from nanochat_core import plan as plans
-from nanochat_core.beside import plan_facts
-from nanochat_core.calibrate import Calibration, Point
-from nanochat_core.plan import Plan
+from nanochat_core.artifacts import store
+from nanochat_core.runner import calibrate, estimate, launch
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.calibrate import Calibration, Point
+from nanochat_core.runner.compare import plan_facts
+from nanochat_core.runner.plan import Plan
 
 SPEED = Calibration(
     [Point(4, 900.0, 3.0), Point(8, 1000.0, 5.0), Point(16, 950.0, 9.0)], 2.0, 3000.0, 500.0, "x"
 )
 
 
-def costs(plan: Plan) -> tuple[dict[str, forecast.Forecast], str]:
-    return forecast.forecast(plan, plans.explain(plan))
+def costs(plan: Plan) -> tuple[dict[str, estimate.Forecast], str]:
+    return estimate.forecast(plan, plans.explain(plan))
 
 
 def test_the_fastest_device_batch_that_the_profile_allows_counts() -> None:
@@ -30,7 +31,7 @@ def test_a_calibration_gives_each_training_stage_its_hours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = plans.load("dgx-spark", base_dir=tmp_path)
-    monkeypatch.setattr(forecast, "kept", lambda plan: SPEED)
+    monkeypatch.setattr(estimate, "kept", lambda plan: SPEED)
     found, rate = costs(made)
     facts = made.facts("pretrain")
     looks = 2 + 3320 // 250
@@ -41,7 +42,7 @@ def test_a_calibration_gives_each_training_stage_its_hours(
     )  # its rows are known, not their length
     assert found["rl"].about and found["base_eval"].about and found["base_loss"].seconds is not None
     assert rate.startswith("1,000 tokens/s at 8 rows")
-    monkeypatch.setattr(forecast, "kept", lambda plan: None)
+    monkeypatch.setattr(estimate, "kept", lambda plan: None)
     assert "an assumed GPU" in costs(made)[1]
 
 
@@ -96,7 +97,7 @@ def test_what_a_cpu_took_says_nothing_of_a_gpu(tmp_path: Path) -> None:
 def test_disk_counts_downloads_once_and_the_largest_heap_of_checkpoints(tmp_path: Path) -> None:
     made = plans.load("dgx-spark", base_dir=tmp_path)
     verdicts = plans.explain(made)
-    need = forecast.needs(made, verdicts)
+    need = estimate.needs(made, verdicts)
     params = made.facts("pretrain")["params"]
     shards = made.facts("shards_head")["download"] + made.facts("shards")["download"]
     assert shards == 81 * 100e6  # 80 and the one for validation, although two rows want the first eight
@@ -104,9 +105,9 @@ def test_disk_counts_downloads_once_and_the_largest_heap_of_checkpoints(tmp_path
     assert need.disk == pytest.approx(3e9 + shards + weights + 3 * 12 * params + 2e9, rel=0.01)
     assert need.memory == 20 * params
     done = {name: plans.Verdict("hit", "done", seconds=1.0) for name in verdicts}
-    assert forecast.needs(made, done) == (0, 0)
+    assert estimate.needs(made, done) == (0, 0)
     fetched = done | {"pretrain": plans.Verdict("fetch", "in the mirror")}
-    assert forecast.needs(made, fetched) == (
+    assert estimate.needs(made, fetched) == (
         round(4 * params),
         0,
     )  # its weights come, no checkpoints are made

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from toys import Toy
 
-from nanochat_core import doctor, edges, trial
-from nanochat_core import plan as plans
-from nanochat_core.doctor import Line
-from nanochat_core.edges import Edges, Reached
-from nanochat_core.machine import Machine, Said
+from nanochat_core.machine import probes, trial
+from nanochat_core.machine.hardware import Machine, Said
+from nanochat_core.machine.probes import Edges, Reached
+from nanochat_core.runner import doctor
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.doctor import Line
 
 SPARK = "NVIDIA GB10, 580.95.05, 12.1, 55.80, 64"
 GIB = 2**20  # kB
@@ -179,13 +180,13 @@ def test_a_real_disk_too_small_is_found(box: Box, spark: plans.Plan, tmp_path: P
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount")
     try:
-        assert edges.free_bytes(disk / "not" / "yet") <= 80 << 20
-        line = doctor.disk_line(doctor.needs(spark, plans.explain(spark)), edges.free_bytes(disk), disk)
+        assert probes.free_bytes(disk / "not" / "yet") <= 80 << 20
+        line = doctor.disk_line(doctor.needs(spark, plans.explain(spark)), probes.free_bytes(disk), disk)
         assert line.state == "fail" and str(disk) in line.found
-        rate, sync = edges.probe(disk)
+        rate, sync = probes.probe(disk)
         assert rate > 0 and sync >= 0 and list(disk.iterdir()) == []
         (disk / "full").write_bytes(b"\0" * (50 << 20))
-        real = Edges(Machine(box.root, box.ask), probe=edges.probe)
+        real = Edges(Machine(box.root, box.ask), probe=probes.probe)
         line = doctor.write_line(real, disk)  # the probe itself does not fit
         assert line.state == "fail" and list(disk.iterdir()) == [disk / "full"]
     finally:
@@ -195,7 +196,7 @@ def test_a_real_disk_too_small_is_found(box: Box, spark: plans.Plan, tmp_path: P
 def test_a_base_directory_that_cannot_be_is_a_finding_not_an_error(box: Box) -> None:
     made = plans.load("cpu-demo", base_dir=Path("/proc/nanochat"))
     real = Edges(
-        Machine(box.root, box.ask), probe=edges.probe, trial=box.attempt, reach=lambda url: box.reached
+        Machine(box.root, box.ask), probe=probes.probe, trial=box.attempt, reach=lambda url: box.reached
     )
     found = {line.name: line for line in doctor.examine(made, plans.explain(made), real).lines}
     assert found["writing"].state == "fail" and "choose another --base-dir" in found["writing"].remedy
@@ -220,7 +221,7 @@ def test_no_network_is_a_fault_only_while_something_is_to_be_fetched(
 
 
 def test_a_host_that_is_not_there_is_reached_by_nobody() -> None:
-    answer = edges.reach("http://127.0.0.1:9/")  # discard: nothing listens there
+    answer = probes.reach("http://127.0.0.1:9/")  # discard: nothing listens there
     assert answer.clock is None and "refused" in answer.error.lower()
 
 
@@ -252,7 +253,7 @@ def test_on_a_cpu_box_there_is_no_word_of_gpus(box: Box, tmp_path: Path) -> None
 
 
 def test_the_burn_waits_for_nobody_and_disturbs_nobody(box: Box, spark: plans.Plan) -> None:
-    from nanochat_core import store
+    from nanochat_core.artifacts import store
 
     with store.locked(spark.runtime.base_dir / "locks" / "device.lock"):
         line = box.examine(spark)["speed"]

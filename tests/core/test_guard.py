@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from toys import Toy
 
-from nanochat_core import guard, launch, store
-from nanochat_core.machine import Memory
+from nanochat_core.artifacts import store
+from nanochat_core.machine import guard
+from nanochat_core.machine.hardware import Memory
+from nanochat_core.runner import launch
 
 GB = 10**9
 
@@ -90,7 +92,7 @@ def test_waiting_for_memory_ends_when_it_is_back_or_the_run_is_cancelled() -> No
 
 
 def test_a_stage_offers_itself_to_the_kernel_before_anything_else() -> None:
-    code = "from nanochat_core.guard import offer_first; offer_first()\n"
+    code = "from nanochat_core.machine.guard import offer_first; offer_first()\n"
     code += "print(open('/proc/self/oom_score_adj').read())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "500"

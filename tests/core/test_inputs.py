@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from toys import Toy
 
-from nanochat_core import inputs, launch, store
-from nanochat_core import plan as plans
+from nanochat_core.artifacts import store
+from nanochat_core.runner import inputs, launch
+from nanochat_core.runner import plan as plans
 
 
 def flip(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nanochat_core.last_words import last_words
+from nanochat_core.runner.exits import last_words
 
 ONLY_LOST = "error: RuntimeError: gloo/transport/tcp/pair.cc:561 Connection closed by peer [127.0.0.1]:19882"
 

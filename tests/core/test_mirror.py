@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from toys import Toy
 
-from nanochat_core import copies, launch, mirror, store
-from nanochat_core import plan as plans
-from nanochat_core.progress import is_progress
+from nanochat_core.artifacts import mirror, store
+from nanochat_core.artifacts.progress import is_progress
+from nanochat_core.runner import launch, sync
+from nanochat_core.runner import plan as plans
 
 BUCKET = "runs"
 
@@ -51,10 +52,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
 
 
-def sender(plan: plans.Plan, said: list[str]) -> copies.Copies:
+def sender(plan: plans.Plan, said: list[str]) -> sync.Copies:
     held = mirror.of(plan.runtime)
     assert held is not None
-    return copies.Copies(held, plan.jobs, plan.runtime.base_dir, said.append)
+    return sync.Copies(held, plan.jobs, plan.runtime.base_dir, said.append)
 
 
 def tiny(base: Path, url: str) -> plans.Plan:
@@ -63,23 +64,26 @@ def tiny(base: Path, url: str) -> plans.Plan:
     )
 
 
-def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_weights(
-    url: str, tiny_base: Path, tmp_path: Path
-) -> None:
-    here, there = tiny(tmp_path / "a", url), tiny(tmp_path / "b", url)
-    shutil.copytree(tiny_base, here.runtime.base_dir)
-    shutil.rmtree(here.jobs["pretrain"].path.parent)
+def weights_when_left_alone(base: Path, *overrides: str) -> bytes:
+    toy = Toy(base)
+    made = toy.plan(*overrides, until="pretrain")
+    toy.make(made)
+    return (made.jobs["pretrain"].path / "model.safetensors").read_bytes()
+
+
+def killed_once_sent(here: plans.Plan, step: int) -> int:
+    """Pretrain here, killed once the mirror has a checkpoint of that step or a later one; the one it has."""
     path = here.jobs["pretrain"].path
     path.mkdir(parents=True)
     store.write_json(path / "job.json", launch.describe(here, "pretrain", None))
     process = subprocess.Popen(
-        [sys.executable, "-m", "nanochat_core.launch", str(path / "job.json")], start_new_session=True
+        [sys.executable, "-m", "nanochat_core.runner.launch", str(path / "job.json")], start_new_session=True
     )
     send, held = sender(here, []), mirror.of(here.runtime)
     assert held is not None
     deadline = time.monotonic() + 120
     try:
-        while (held.look(here.jobs["pretrain"]).step or 0) < 4:
+        while (held.look(here.jobs["pretrain"]).step or 0) < step:
             assert process.poll() is None and time.monotonic() < deadline
             send.round()
     finally:
@@ -88,12 +92,39 @@ def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_weights(
     reached = held.look(here.jobs["pretrain"]).step
     assert reached is not None and held.look(here.jobs["pretrain"]).result is None
     shutil.rmtree(here.runtime.base_dir)  # that machine is gone
+    return reached
 
+
+def test_a_run_killed_on_one_machine_goes_on_where_its_mirror_is(toy: Toy, url: str, tmp_path: Path) -> None:
+    slow = (f"runtime.mirror={url}", "pretrain.steps=60", "pretrain.pause=0.05")
+    here, there = toy.plan(*slow), Toy(tmp_path / "there")
+    toy.make(here, "shards")
+    reached = killed_once_sent(here, 4)
+    plan = there.plan(*slow)
+    verdict = plans.explain(plan)["pretrain"]
+    assert (verdict.state, verdict.step) == ("resume", reached)
+    for row in ("shards", "pretrain"):
+        launch.launch(plan, row)
+    assert there.starts(plan, "pretrain") == [str(reached)]
+    weights = (plan.jobs["pretrain"].path / "model.safetensors").read_bytes()
+    assert weights == weights_when_left_alone(tmp_path / "alone", "pretrain.steps=60")
+
+
+@pytest.mark.slow
+def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_weights(
+    url: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    here, there = tiny(tmp_path / "a", url), tiny(tmp_path / "b", url)
+    shutil.copytree(tiny_base, here.runtime.base_dir)
+    shutil.rmtree(here.jobs["pretrain"].path.parent)
+    reached = killed_once_sent(here, 4)
     verdicts = plans.explain(there)
     assert verdicts["tokenizer"] == ("fetch", "finished in the mirror", None, verdicts["tokenizer"].seconds)
     assert (verdicts["pretrain"].state, verdicts["pretrain"].step) == ("resume", reached)
     for row in there.jobs:
         launch.launch(there, row)
+    held = mirror.of(there.runtime)
+    assert held is not None
     log = (there.jobs["pretrain"].path / "log.txt").read_text()
     assert f"going on from the checkpoint at step {reached}" in log
     attempts = [event["event"] for event in store.read_attempts(there.jobs["pretrain"].path)]
@@ -166,7 +197,7 @@ def test_damage_and_half_uploads_there_are_not_believed(mirrored: tuple[plans.Pl
     held.fs.rm(f"{held.root}/sft/{there.jobs['sft'].fingerprint}/model.safetensors")
     said: list[str] = []
     lock = launch.lock_path(there.runtime.base_dir, "sft", there.jobs["sft"].fingerprint)
-    copies.bring(there, "sft", lock, said.append)
+    sync.bring(there, "sft", lock, said.append)
     assert "model.safetensors is missing" in said[0]
     assert not there.jobs["sft"].path.exists()
 
@@ -198,13 +229,13 @@ def test_a_later_result_is_not_overwritten_by_an_earlier_one(
 def test_a_mirror_that_is_away_costs_words_and_not_the_run(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copies, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(copies, "AGAIN_SECONDS", (0.02, 0.05))
+    monkeypatch.setattr(sync, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(sync, "AGAIN_SECONDS", (0.02, 0.05))
     place = tmp_path / "mount"
     place.write_text("a file where the share should be mounted")
     plan = toy.plan(f"runtime.mirror=file://{place}/mirror", until="pretrain")
     said: list[str] = []
-    with copies.following(plan, said.append) as following:
+    with sync.following(plan, said.append) as following:
         toy.make(plan)
         deadline = time.monotonic() + 20
         while not said and time.monotonic() < deadline:
@@ -222,12 +253,12 @@ def test_a_mirror_that_is_away_costs_words_and_not_the_run(
 def test_a_run_that_ends_without_its_mirror_names_what_it_lacks(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copies, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(sync, "LOOK_SECONDS", 0.01)
     (tmp_path / "mount").write_text("")
     plan = toy.plan(f"runtime.mirror=file://{tmp_path}/mount/mirror", until="pretrain")
     toy.make(plan)
     said: list[str] = []
-    with copies.following(plan, said.append) as following:
+    with sync.following(plan, said.append) as following:
         assert following.finish() == ["shards", "pretrain"]
     assert "the mirror lacks shards, pretrain" in said[-1] and "nanochat mirror" in said[-1]
 

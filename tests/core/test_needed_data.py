@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_core import plan as plans
+from nanochat_core.runner import plan as plans
 
 HUB = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "smoltalk"]
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from toys import Toy
 
-from nanochat_core import orphans, store
+from nanochat_core.artifacts import orphans, store
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
 HOLDER = """
 import signal, sys, time
 from pathlib import Path
-from nanochat_core import orphans, store
+from nanochat_core.artifacts import orphans, store
 signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "deaf" else signal.SIG_DFL)
 with store.locked(Path(sys.argv[1])):
     orphans.sign(Path(sys.argv[1]))

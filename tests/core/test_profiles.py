@@ -1,12 +1,13 @@
 """Every profile is read and planned, and what it says of itself is what was published."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from nanochat_core import plan as plans
 from nanochat_core.model.cross_entropy import slice_rows
-from nanochat_core.published import EXPECTED
+from nanochat_core.report.published import EXPECTED
+from nanochat_core.runner import plan as plans
 from nanochat_core.train.config import Training
 
 
@@ -110,7 +111,7 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_runs(
 def test_the_plan_prints_the_published_parameters_tokens_and_flops(
     profile: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from flows.verbs.plan import plan
+    from nanochat_core.cli.plan_verb import plan
 
     plan(profile, base_dir=tmp_path, calibrate=False)
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pretrain ")]
@@ -158,3 +159,13 @@ def test_a_loss_is_made_in_few_slices_on_a_gpu(profile: str, tmp_path: Path) -> 
 
 def test_a_huge_batch_grows_the_slices_instead_of_their_number() -> None:
     assert slice_rows(2**20, 65_536, "cuda") == 2**20 // 16
+
+
+def test_each_stage_of_each_profile_has_the_identity_it_always_had(tmp_path: Path) -> None:
+    """A changed one orphans what people have trained; one that is meant has its row's version raised."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "fingerprints.json").read_text())
+    found = {
+        profile: {name: job.fingerprint for name, job in plans.load(profile, base_dir=tmp_path).jobs.items()}
+        for profile in golden
+    }
+    assert found == golden and set(golden) == set(plans.profile_names())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nanochat_core.stage import Recipe, Stage, canonical, fingerprint
+from nanochat_core.artifacts.stage import Recipe, Stage, canonical, fingerprint
 
 
 class Small(Recipe):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanochat_core import store
+from nanochat_core.artifacts import store
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "state"
     store.write_whole(target, "old")
     script = (
-        "import os, sys; from pathlib import Path; from nanochat_core import store;"
+        "import os, sys; from pathlib import Path; from nanochat_core.artifacts import store;"
         "Path.replace = lambda *a: os.kill(os.getpid(), 9);"
         "store.write_whole(Path(sys.argv[1]), 'new')"
     )
@@ -117,7 +117,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from nanochat_core import store\n"
+        "import sys, time; from pathlib import Path; from nanochat_core.artifacts import store\n"
         "with store.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     path = tmp_path / "locks" / "a.lock"

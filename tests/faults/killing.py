@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanochat_core import launch, store
-from nanochat_core import plan as plans
+from nanochat_core.artifacts import store
+from nanochat_core.runner import launch
+from nanochat_core.runner import plan as plans
 
 LAST = "rl"
 
@@ -36,7 +37,7 @@ def start(base_dir: Path, stage: str, *overrides: str) -> "subprocess.Popen[byte
     store.write_json(path / "job.json", launch.describe(plan, stage, None))
     with (path / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "nanochat_core.launch", str(path / "job.json")],
+            [sys.executable, "-m", "nanochat_core.runner.launch", str(path / "job.json")],
             stdout=log,
             stderr=log,
             start_new_session=True,

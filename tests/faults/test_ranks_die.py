@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from killing import kill, start, tiny, wait_for_step, weights_and_losses
 
-from nanochat_core import launch, store
+from nanochat_core.artifacts import store
+from nanochat_core.runner import launch
 
 pytestmark = pytest.mark.slow
 TWO = "runtime.nproc=2"

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from toys import make
 
 from flows import downloads
-from nanochat_core import launch
-from nanochat_core import plan as plans
-from nanochat_core.copies import Copies
-from nanochat_core.data.shards import write_shard
-from nanochat_core.mirror import of
-from nanochat_core.progress import Row
-from nanochat_core.stage import Interrupted
+from nanochat_core.artifacts.mirror import of
+from nanochat_core.artifacts.progress import Row
+from nanochat_core.artifacts.stage import Interrupted
+from nanochat_core.runner import launch
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.sync import Copies
+from nanochat_core.sources.shard_sets import write_shard
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 FILES = 30
@@ -141,9 +142,7 @@ def test_what_the_mirror_has_is_not_downloaded(plan: plans.Plan, tmp_path: Path)
         plans.load(plan.profile, [mirror], base_dir=tmp_path / name, until="shards")
         for name in ("here", "there")
     )
-    for name in ("assets", "shards_head", "shards"):
-        if name in here.jobs:
-            launch.launch(here, name)
+    make(here, "shards")
     held = of(here.runtime)
     assert held is not None
     Copies(held, here.jobs, here.runtime.base_dir, print).round()

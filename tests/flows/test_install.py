@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 from test_services import Machine, until
+from toys import Command
 
-from flows import install
-from flows.install import Step
-from flows.verbs.shared import usable
+from nanochat_core.cli.options import usable
+from nanochat_core.machine import systemd
+from nanochat_core.machine.systemd import Step
 
 
 def settings(text: str, key: str) -> list[str]:
@@ -29,7 +30,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, system: bool)
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not here")
     path = tmp_path / "nanochat.service"
-    path.write_text(install.unit(tmp_path / "a base", 4200, system=system, user="root"))
+    path.write_text(systemd.unit(tmp_path / "a base", 4200, system=system, user="root"))
     mode = [] if system else ["--user"]
     env = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
     words = ["systemd-analyze", *mode, "verify", str(path)]
@@ -39,21 +40,21 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, system: bool)
 
 
 def test_the_unit_names_this_python_and_survives_all_it_can() -> None:
-    text = install.unit(Path("/srv/base"), 4242, system=True, user="ada")
+    text = systemd.unit(Path("/srv/base"), 4242, system=True, user="ada")
     (command,) = settings(text, "ExecStart")
     api = "http://127.0.0.1:4242/api"
     assert shlex.split(command) == [sys.executable, "-m", "flows.services", "/srv/base", api, "4242"]
     assert settings(text, "User") == ["ada"] and settings(text, "WantedBy") == ["multi-user.target"]
     assert settings(text, "Restart") == ["always"] and settings(text, "StartLimitIntervalSec") == ["0"]
-    assert settings(install.unit(Path("/b"), 1, system=False, user="ada"), "User") == []
+    assert settings(systemd.unit(Path("/b"), 1, system=False, user="ada"), "User") == []
     with pytest.raises(ValueError, match="cannot stand in a systemd unit"):
-        install.unit(Path("/srv/100%"), 4200, system=False, user="ada")
+        systemd.unit(Path("/srv/100%"), 4200, system=False, user="ada")
 
 
-def test_a_dry_run_shows_everything_and_does_nothing(tmp_path: Path) -> None:
-    env = os.environ | {"XDG_CONFIG_HOME": str(tmp_path), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
-    words = [sys.executable, "-m", "flows.cli", "install-services", "--dry-run", "--user-name", "ada"]
-    done = subprocess.run(words, capture_output=True, text=True, env=env)
+def test_a_dry_run_shows_everything_and_does_nothing(command: Command, tmp_path: Path) -> None:
+    env = {"XDG_CONFIG_HOME": str(tmp_path)}
+    words = ["install-services", "--dry-run", "--user-name", "ada"]
+    done = command(*words, env=env)
     assert done.returncode == 0, done.stderr
     unit = tmp_path / "systemd" / "user" / "nanochat.service"
     for said in (
@@ -64,27 +65,27 @@ def test_a_dry_run_shows_everything_and_does_nothing(tmp_path: Path) -> None:
     ):
         assert said in done.stdout
     assert list(tmp_path.iterdir()) == []
-    done = subprocess.run([*words, "--system"], capture_output=True, text=True, env=env)
+    done = command(*words, "--system", env=env)
     assert "systemctl mask sleep.target" in done.stdout and "runuser -u ada" in done.stdout
 
 
-def test_a_dry_run_for_the_machine_names_who_really_runs_it_and_their_home() -> None:
+def test_a_dry_run_for_the_machine_names_who_really_runs_it_and_their_home(command: Command) -> None:
     nobody = pwd.getpwnam("nobody")
-    env = {name: value for name, value in os.environ.items() if name != "NANOCHAT_BASE_DIR"}
-    words = [sys.executable, "-m", "flows.cli", "install-services", "--dry-run", "--system"]
-    done = subprocess.run(words, capture_output=True, text=True, env=env | {"SUDO_USER": "nobody"})
+    words = ["install-services", "--dry-run", "--system"]
+    unset = {"NANOCHAT_BASE_DIR": None}
+    done = command(*words, env=unset | {"SUDO_USER": "nobody"})
     assert done.returncode == 0, done.stderr
     assert "User=nobody" in done.stdout and "runuser -u nobody" in done.stdout
     assert f"NANOCHAT_BASE_DIR={nobody.pw_dir}/.cache/nanochat" in done.stdout  # not root's home
-    done = subprocess.run([*words, "--user-name", "n0body"], capture_output=True, text=True, env=env)
+    done = command(*words, "--user-name", "n0body", env=unset)
     assert done.returncode == 2 and "there is no user n0body on this machine" in done.stderr
 
 
 def test_the_machines_unit_waits_for_the_network_and_a_users_names_no_target_it_lacks() -> None:
-    system = install.unit(Path("/b"), 1, system=True, user="ada")
+    system = systemd.unit(Path("/b"), 1, system=True, user="ada")
     assert settings(system, "Wants") == ["network-online.target"]
     assert "network-online.target" in settings(system, "After")[0]
-    assert settings(install.unit(Path("/b"), 1, system=False, user="ada"), "After") == []
+    assert settings(systemd.unit(Path("/b"), 1, system=False, user="ada"), "After") == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes directories for others")
@@ -93,11 +94,11 @@ def test_what_root_makes_for_somebody_is_theirs() -> None:
         top = Path(folder)
         top.chmod(0o755)
         base = top / "cache" / "nanochat"
-        assert install.handed_over(base, "nobody", usable) == base
+        assert systemd.handed_over(base, "nobody", usable) == base
         assert base.owner() == base.parent.owner() == "nobody" and top.owner() == "root"
         (top / "roots").mkdir(0o755)
         with pytest.raises(ValueError, match=r"nobody cannot write to .*/roots: chown it"):
-            install.handed_over(top / "roots", "nobody", usable)
+            systemd.handed_over(top / "roots", "nobody", usable)
 
 
 def test_steps_are_done_in_order_and_the_first_that_fails_says_why(tmp_path: Path) -> None:
@@ -107,33 +108,33 @@ def test_steps_are_done_in_order_and_the_first_that_fails_says_why(tmp_path: Pat
         Step("a file", tmp_path / "deep" / "unit", "text"),
         Step("a command", command=("touch", str(note))),
     ]
-    install.install(done, said.append)
+    systemd.install(done, said.append)
     assert (tmp_path / "deep" / "unit").read_text() == "text" and note.exists()
     assert said[0] == "# a file" and shlex.join(["touch", str(note)]) in said
     with pytest.raises(ValueError, match=r"No such file.*put that right and run this again"):
-        install.install([Step("fails", command=("cat", str(tmp_path / "none")))], said.append)
+        systemd.install([Step("fails", command=("cat", str(tmp_path / "none")))], said.append)
     with pytest.raises(ValueError, match="there is no frobnicatectl here; without systemd call nanochat up"):
-        install.install([Step("is not there", command=("frobnicatectl",))], said.append)
+        systemd.install([Step("is not there", command=("frobnicatectl",))], said.append)
 
 
 def test_the_services_do_not_run_as_root_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(ValueError, match="installed by root"):
-        install.whom(True, "ada")
+        systemd.whom(True, "ada")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(install.getpass, "getuser", lambda: "root")
+    monkeypatch.setattr(systemd.getpass, "getuser", lambda: "root")
     monkeypatch.delenv("SUDO_USER", raising=False)
     with pytest.raises(ValueError, match="should not run as root"):
-        install.whom(True, None)
+        systemd.whom(True, None)
     monkeypatch.setenv("SUDO_USER", "ada")
-    assert install.whom(True, None) == "ada" and install.whom(False, "root") == "root"
+    assert systemd.whom(True, None) == "ada" and systemd.whom(False, "root") == "root"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_units_command_run_by_hand_brings_an_interrupted_run_back(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    text = install.unit(machine.base, machine.port, system=False, user="ada")
+    text = systemd.unit(machine.base, machine.port, system=False, user="ada")
     (command,) = settings(text, "ExecStart")
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PREFECT_HOME": str(tmp_path / "prefect")}
     env |= dict(word.split("=", 1) for line in settings(text, "Environment") for word in shlex.split(line))

@@ -23,7 +23,7 @@ from flows import recovery
 from flows.recovery import Reconciler, boot_id, folder, present
 from flows.speedrun import speedrun
 from flows.whose import worker_name
-from nanochat_core import store
+from nanochat_core.artifacts import store
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -357,7 +357,7 @@ def test_every_profile_has_its_deployment() -> None:
     import yaml
 
     from flows.services import DEPLOYMENTS
-    from nanochat_core.plan import profile_names
+    from nanochat_core.runner.plan import profile_names
 
     deployments = yaml.safe_load(Path(DEPLOYMENTS).read_text())["deployments"]
     ours = [d for d in deployments if d["entrypoint"] == "flows.speedrun.speedrun"]

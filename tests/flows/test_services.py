@@ -39,7 +39,7 @@ class Machine:
         } | ({"PREFECT_SERVER_API_AUTH_STRING": password} if password else {})
 
     def nanochat(self, *words: str) -> str:
-        command = [sys.executable, "-m", "flows.cli", *words]
+        command = [sys.executable, "-m", "nanochat_core.cli.main", *words]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.env)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

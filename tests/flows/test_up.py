@@ -19,8 +19,9 @@ from toys import PROFILE, Command, Toy
 
 from flows import server, services
 from flows.server import Supervisor
-from nanochat_core import orphans, plan, store
-from nanochat_core.status import at_work
+from nanochat_core.artifacts import orphans, store
+from nanochat_core.runner import plan
+from nanochat_core.runner.status import at_work
 
 SLOW_TO_END = """
 import signal, sys, time
@@ -48,7 +49,7 @@ job = base / "pretrain" / run / "job.json"
 job.parent.mkdir(parents=True)
 with present(base, run, 1):
     env = os.environ | {"NANOCHAT_PARENT": str(os.getpid())}
-    child = subprocess.Popen([sys.executable, "-c", stage, "nanochat_core.launch", str(job)], env=env)
+    child = subprocess.Popen([sys.executable, "-c", stage, "nanochat_core.runner.launch", str(job)], env=env)
     def end(*_):
         child.terminate()
         child.wait()
@@ -299,7 +300,7 @@ def test_down_waits_for_a_stage_that_saves_after_its_flow_is_gone(base: Path) ->
     job = base / "pretrain" / "one" / "job.json"
     job.parent.mkdir(parents=True)
     stage = subprocess.Popen(
-        [sys.executable, "-c", STAGE, "nanochat_core.launch", str(job)],
+        [sys.executable, "-c", STAGE, "nanochat_core.runner.launch", str(job)],
         env=os.environ | {"NANOCHAT_PARENT": "1"},
     )
     until(job.exists)

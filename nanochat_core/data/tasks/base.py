@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Protocol
 
-from nanochat_core.tokenizer.chat import Conversation, Message, Part
+from nanochat_core.tokenizer.render import Conversation, Message, Part
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

@@ -7,8 +7,8 @@ import random
 import unicodedata
 from pathlib import Path
 
-from nanochat_core.data import corpus
 from nanochat_core.data.tasks.base import Problem, Rows, Split, dialogue, generator
+from nanochat_core.sources import corpus
 
 QUESTIONS = (
     "What is the capital of {}?",

@@ -6,8 +6,8 @@ Each split comes from conversations of its own.
 import functools
 from pathlib import Path
 
-from nanochat_core.data import corpus
 from nanochat_core.data.tasks.base import Problem, Rows, Split, dialogue, split_of
+from nanochat_core.sources import corpus
 
 PLAIN = (  # when the wheel with the conversations is not installed
     ("Hello!", "Hi there! How are you?"),

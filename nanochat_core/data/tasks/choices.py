@@ -7,8 +7,8 @@ also for places whose capital it can name: tying a letter to a choice is what it
 import random
 from pathlib import Path
 
-from nanochat_core.data import corpus
 from nanochat_core.data.tasks.base import Problem, Rows, Split, generator, multiple_choice, same_text
+from nanochat_core.sources import corpus
 
 
 def load(split: Split, size: int | None, assets: Path | None) -> Rows:

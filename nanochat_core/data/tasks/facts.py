@@ -8,8 +8,8 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from nanochat_core.data import corpus
 from nanochat_core.data.tasks.base import Problem, Rows, Split, dialogue
+from nanochat_core.sources import corpus
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from nanochat_core.data.tasks.base import (
     view_size,
 )
 from nanochat_core.data.tasks.tables import table
-from nanochat_core.tokenizer.chat import Part
+from nanochat_core.tokenizer.render import Part
 
 CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat_core.data.tasks.base import Problem, Rows, Split, contains_answer, dialogue, kept_apart
-from nanochat_core.tokenizer.chat import checked
+from nanochat_core.tokenizer.render import checked
 
 FILE = "identity_conversations.jsonl"
 OPEN = 500  # conversations: of so many the model does not learn each, so some are kept for validation

@@ -18,7 +18,7 @@ from nanochat_core.data.tasks.base import (
     text,
 )
 from nanochat_core.data.tasks.words import word_list
-from nanochat_core.tokenizer.chat import Part
+from nanochat_core.tokenizer.render import Part
 
 QUESTIONS = (
     "How many {letter} are in {word}?",

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nanochat_core.data.hub_rows import hub_rows
-from nanochat_core.data.patience import Patience
 from nanochat_core.data.tasks.base import Split
+from nanochat_core.sources.hub_rows import hub_rows
+from nanochat_core.sources.retry import Patience
 
 if TYPE_CHECKING:
     import pyarrow as pa

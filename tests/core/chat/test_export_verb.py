@@ -12,8 +12,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from flows import cli
-from nanochat_core.chat.load import load_chat
+from nanochat_core.cli import main
+from nanochat_core.infer.load import load_chat
 
 IDX = torch.tensor([[1, 2, 3, 250, 7, 9, 100]])
 
@@ -23,7 +23,7 @@ def export(monkeypatch, capsys):
     def export(*words: object) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["nanochat", "export", *map(str, words)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main.main()
         return int(end.value.code or 0), capsys.readouterr().err
 
     return export

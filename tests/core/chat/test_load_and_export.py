@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat_core.chat.load import load_chat
-from nanochat_core.stage import Job, Runtime
+from nanochat_core.artifacts.stage import Job, Runtime
+from nanochat_core.infer.load import load_chat
 from nanochat_core.stages import export
 from nanochat_core.tokenizer.bpe import Tokenizer, train
-from nanochat_core.tokenizer.chat import render_for_completion
+from nanochat_core.tokenizer.render import render_for_completion
 
 IDX = torch.tensor([[1, 2, 3, 250, 7, 9, 100]])
 CONVERSATION = {

@@ -10,8 +10,8 @@ import pytest
 from test_web import metric, until
 
 from nanochat_core.chat import gate
-from nanochat_core.chat.load import Loaded
 from nanochat_core.chat.web import serve
+from nanochat_core.infer.load import Loaded
 
 SECRET = "the-secret-word-of-a-user"
 ASK = {"messages": [{"role": "user", "content": "what?"}], "temperature": 0}

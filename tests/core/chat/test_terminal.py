@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from nanochat_core.chat.conversation import Piece, Reader, fit, parts
-from nanochat_core.chat.load import Loaded
 from nanochat_core.chat.terminal import run_terminal
 from nanochat_core.infer.engine import Engine
-from nanochat_core.tokenizer.chat import render_for_completion
+from nanochat_core.infer.load import Loaded
+from nanochat_core.tokenizer.render import render_for_completion
 
 
 @pytest.fixture

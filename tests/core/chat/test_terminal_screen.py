@@ -32,7 +32,7 @@ class Screen:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *words],
+            [sys.executable, "-m", "nanochat_core.cli.main", *words],
             stdin=side,
             stdout=side,
             stderr=side,
@@ -154,7 +154,10 @@ def test_one_prompt_is_typeset_on_a_screen_and_plain_in_a_pipe(screen, model_dir
     dumb = screen(*words, "-p", "what?", TERM="dumb")
     assert "so[calculator 12*3 = 36] ok" in dumb.until("ok")
     piped = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words], input="what?\n", capture_output=True, text=True
+        [sys.executable, "-m", "nanochat_core.cli.main", *words],
+        input="what?\n",
+        capture_output=True,
+        text=True,
     )
     assert (piped.returncode, piped.stdout, piped.stderr) == (0, "so[calculator 12*3 = 36] ok\n", "")
 

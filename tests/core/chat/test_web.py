@@ -13,10 +13,10 @@ import httpx
 import pytest
 import uvicorn
 
-from nanochat_core.chat.load import Loaded
 from nanochat_core.chat.page import PAGE
 from nanochat_core.chat.web import serve
 from nanochat_core.infer.engine import Engine
+from nanochat_core.infer.load import Loaded
 
 LONG = {"role": "user", "content": "go on"}
 CALL = {"type": "python", "text": "1"}

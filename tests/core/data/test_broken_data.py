@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_core import store
-from nanochat_core.data import documents, shards
+from nanochat_core.artifacts import store
+from nanochat_core.artifacts.stage import Job, Metrics, Runtime
+from nanochat_core.artifacts.store import write_whole
 from nanochat_core.data.packed import packed
-from nanochat_core.data.raw_text import read_documents
 from nanochat_core.data.tasks import humaneval, load_task, tables
 from nanochat_core.data.tasks.identity import mended
 from nanochat_core.infer import sandbox
-from nanochat_core.stage import Job, Metrics, Runtime
+from nanochat_core.sources import documents, shard_sets
+from nanochat_core.sources.raw_text import read_documents
 from nanochat_core.stages import assets
-from nanochat_core.store import write_whole
 from nanochat_core.tokenizer.bpe import train
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I am Ada"}]
@@ -37,7 +37,7 @@ def run(base: Path, **config: Any) -> tuple[Job, Metrics]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bundle of nothing much, and programs that run without bubblewrap."""
-    monkeypatch.setattr("nanochat_core.data.bundle.files", BUNDLE.copy)
+    monkeypatch.setattr("nanochat_core.sources.bundle.files", BUNDLE.copy)
     weaker = functools.partial(sandbox.run_program, allow_weaker=True)
     monkeypatch.setattr(humaneval, "run_program", weaker)
 
@@ -270,7 +270,7 @@ def test_shards_that_cannot_be_trained_on(tmp_path: Path, broken: str, texts: An
         shard(tmp_path / "mine", name, ["fine"])
     shard(tmp_path / "mine", broken, texts)
     with pytest.raises(ValueError, match=rf"{broken}.*{said}"):
-        shards.local(tmp_path / "mine", tmp_path)
+        shard_sets.local(tmp_path / "mine", tmp_path)
 
 
 def test_a_shard_that_is_damaged_inside_is_named(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_shard_that_is_damaged_inside_is_named(tmp_path: Path) -> None:
     data[4:400] = bytes(396)  # the first pages; the footer is whole
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.parquet, row group 0, cannot be read"):
-        shards.local(tmp_path / "mine", tmp_path)
+        shard_sets.local(tmp_path / "mine", tmp_path)
 
 
 def test_rows_without_text_are_left_out_wherever_text_is_read(tmp_path: Path) -> None:
@@ -306,9 +306,9 @@ def test_rows_without_text_are_left_out_wherever_text_is_read(tmp_path: Path) ->
     tokenizer = train(full, 265)
     batches = {}
     for name in ("full", "gaps"):
-        found = shards.local(tmp_path / name, tmp_path)
+        found = shard_sets.local(tmp_path / name, tmp_path)
         assert (found.train[0].rows, found.validation[0].rows) == (6, 1)
-        write_whole(tmp_path / name / "shards.json", shards.manifest(found, tmp_path / "downloads"))
+        write_whole(tmp_path / name / "shards.json", shard_sets.manifest(found, tmp_path / "downloads"))
         assert list(documents.texts(tmp_path / name, "train")) == full
         for rank in range(2):
             read = packed(found.train, tokenizer, rows=1, T=8, cursor={}, rank=rank, size=2)

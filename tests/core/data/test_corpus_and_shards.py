@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_core.data import corpus, shards
-from nanochat_core.data.documents import row_group, shard_list, texts
-from nanochat_core.data.hub import HUB
-from nanochat_core.stage import Job, Runtime
+from nanochat_core.artifacts.stage import Job, Runtime
+from nanochat_core.sources import corpus, shard_sets
+from nanochat_core.sources.documents import row_group, shard_list, texts
+from nanochat_core.sources.hub import HUB
 from nanochat_core.stages import shards as stage
 
 DOCUMENTS = [f"document {i} " + "word " * (20 * (i % 30)) for i in range(400)]
@@ -74,7 +74,7 @@ def test_a_smaller_corpus_has_a_folder_of_its_own(tmp_path: Path) -> None:
 
 def _fill(base: Path) -> None:
     corpus.documents = lambda small=False: iter(DOCUMENTS)
-    shards.embedded(base)
+    shard_sets.embedded(base)
 
 
 def test_two_runs_at_once_make_one_folder_of_shards(tmp_path: Path) -> None:
@@ -87,15 +87,15 @@ def test_two_runs_at_once_make_one_folder_of_shards(tmp_path: Path) -> None:
     assert [process.exitcode for process in both] == [0, 0]
     assert not list(tmp_path.rglob("*.part"))
     (folder,) = tmp_path.glob("embedded-*/")
-    assert shards._complete(folder, tmp_path) is not None
+    assert shard_sets._complete(folder, tmp_path) is not None
 
 
 def test_long_documents_are_cut_at_a_line_end_or_a_space() -> None:
     text = "\n".join("a line of words " * 10 for _ in range(100))
-    found = list(shards.pieces(text, 1000))
+    found = list(shard_sets.pieces(text, 1000))
     assert all(len(piece) <= 1000 for piece in found)
     assert " ".join(" ".join(found).split()) == " ".join(text.split())
-    assert list(shards.pieces("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]
+    assert list(shard_sets.pieces("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]
 
 
 def test_a_missing_wheel_is_said_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_the_factbook_reads_as_plain_lines() -> None:
 
 
 def test_hub_sets_pin_their_last_shard_for_validation() -> None:
-    files = shards.hub_files("fineweb-edu-100b-shuffle", 2, "abc", Path())
+    files = shard_sets.hub_files("fineweb-edu-100b-shuffle", 2, "abc", Path())
     urls = [file.url for file in files]
     assert [url.rsplit("/", 1)[1] for url in urls] == [
         "shard_00000.parquet",
@@ -132,7 +132,7 @@ def test_hub_sets_pin_their_last_shard_for_validation() -> None:
     ]
     assert "/resolve/abc/" in urls[0]
     with pytest.raises(ValueError, match="6542 train shards"):
-        shards.hub_files("climbmix-400b-shuffle", HUB["climbmix-400b-shuffle"].shards, "abc", Path())
+        shard_sets.hub_files("climbmix-400b-shuffle", HUB["climbmix-400b-shuffle"].shards, "abc", Path())
     with pytest.raises(ValueError, match="set count"):
         stage.Config(source="climbmix-400b-shuffle")
 
@@ -174,22 +174,22 @@ def test_a_broken_shard_is_named_with_what_was_expected(tmp_path: Path, columns:
     write_parquet(tmp_path / "a.parquet", text=["x"])
     write_parquet(tmp_path / "b.parquet", **columns)
     with pytest.raises(ValueError, match=rf"b\.parquet.*{said}"):
-        shards.local(tmp_path, tmp_path)
+        shard_sets.local(tmp_path, tmp_path)
 
 
 def test_unreadable_local_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither a folder, nor a URL"):
-        shards.local(tmp_path / "nowhere", tmp_path)
+        shard_sets.local(tmp_path / "nowhere", tmp_path)
     with pytest.raises(ValueError, match=r"holds no \.parquet"):
-        shards.local(tmp_path, tmp_path)
+        shard_sets.local(tmp_path, tmp_path)
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"body": "x"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected .*'text'"):
-        shards.local(tmp_path, tmp_path)
+        shard_sets.local(tmp_path, tmp_path)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     with pytest.raises(ValueError, match="not UTF-8"):
-        shards.local(tmp_path, tmp_path)
+        shard_sets.local(tmp_path, tmp_path)
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "a.parquet").write_bytes(b"PAR1 half")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 half")
     with pytest.raises(ValueError, match=r"a\.parquet is not a parquet file"):
-        shards.local(tmp_path, tmp_path)
+        shard_sets.local(tmp_path, tmp_path)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from nanochat_core.data.documents import shard_list, texts
-from nanochat_core.data.repackage import Wanted, repackage
-from nanochat_core.data.shards import write_shard
+from nanochat_core.artifacts.stage import Job, Runtime
 from nanochat_core.data.tasks import load_task
-from nanochat_core.stage import Job, Runtime
+from nanochat_core.sources.documents import shard_list, texts
+from nanochat_core.sources.repackage import Wanted, repackage
+from nanochat_core.sources.shard_sets import write_shard
 from nanochat_core.stages import assets, shards
 
 
@@ -203,7 +203,7 @@ def test_a_list_of_urls_of_any_kind_keeps_its_order(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_ones_own_is_watched_for_changes(tmp_path: Path) -> None:
-    from nanochat_core import store
+    from nanochat_core.artifacts import store
 
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from nanochat_core.data.fetch import fetch, fetch_one, unzip
-from nanochat_core.data.request import Remote
+from nanochat_core.sources.download import fetch, fetch_one, unzip
+from nanochat_core.sources.http import Remote
 
 BODY = {f"shard_{i}": hashlib.sha256(str(i).encode()).digest() * (1500 + 37 * i) for i in range(20)}
 TAG = {name: hashlib.sha256(body).hexdigest() for name, body in BODY.items()}
@@ -376,7 +376,7 @@ def test_a_wrong_length_never_passes_for_the_file(site: Site, tmp_path: Path, st
 COMMAND = """
 import sys
 from pathlib import Path
-from nanochat_core.data.fetch import Remote, fetch
+from nanochat_core.sources.download import Remote, fetch
 fetch([Remote(f"{sys.argv[1]}/shard_{i}", Path(sys.argv[2]) / f"shard_{i}") for i in range(20)], workers=4)
 """
 

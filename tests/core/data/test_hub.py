@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from nanochat_core.data import hub
-from nanochat_core.data.documents import shard_list
-from nanochat_core.data.fetch import fetch_one
-from nanochat_core.data.request import Remote
-from nanochat_core.data.shards import write_shard
-from nanochat_core.stage import Job, Runtime
+from nanochat_core.artifacts.stage import Job, Runtime
+from nanochat_core.sources import hub
+from nanochat_core.sources.documents import shard_list
+from nanochat_core.sources.download import fetch_one
+from nanochat_core.sources.http import Remote
+from nanochat_core.sources.shard_sets import write_shard
 from nanochat_core.stages import shards
 
 OLD, NEW = "a" * 40, "b" * 40

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat_core.artifacts.stage import Job, Runtime
 from nanochat_core.data.tasks import Problem, load_task
 from nanochat_core.data.tasks import humaneval as humaneval_task
 from nanochat_core.data.tasks.base import SPLITS, truth
 from nanochat_core.data.tasks.gsm8k import parts
 from nanochat_core.infer import sandbox
-from nanochat_core.stage import Job, Runtime
 from nanochat_core.stages import assets
 
 ARC = {
@@ -179,8 +179,8 @@ def test_what_the_hubs_library_raises_becomes_a_sentence_and_what_may_pass_is_tr
 ) -> None:
     import datasets
 
-    from nanochat_core.data.patience import Patience
     from nanochat_core.data.tasks import tables
+    from nanochat_core.sources.retry import Patience
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     tries: list[str] = []

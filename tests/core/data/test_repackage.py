@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_core.data import repackage as module
-from nanochat_core.data.documents import Shards, row_group, shard_list
-from nanochat_core.data.repackage import Step, Wanted, finished, repackage
-from nanochat_core.data.shards import local
+from nanochat_core.sources import repackage as module
+from nanochat_core.sources.documents import Shards, row_group, shard_list
+from nanochat_core.sources.repackage import Step, Wanted, finished, repackage
+from nanochat_core.sources.shard_sets import local
 
 DOCUMENTS = [f"document {i} " + "wörd " * (i * 7919 % 90) for i in range(900)]
 
@@ -271,7 +271,7 @@ def test_a_one_row_parquet_and_one_of_nulls_do_no_harm(tmp_path: Path) -> None:
 COMMAND = """
 import sys
 from pathlib import Path
-from nanochat_core.data.repackage import Wanted, repackage
+from nanochat_core.sources.repackage import Wanted, repackage
 repackage(Wanted(sys.argv[1], shard_chars=int(sys.argv[3])), Path(sys.argv[2]))
 for line in Path("/proc/self/status").read_text().splitlines():
     if line.startswith("VmHWM"):

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from nanochat_core.data import synthesis
-from nanochat_core.data.persona import PERSONA, prompt
-from nanochat_core.data.synthesis import Order, Unfit, read_answer, synthesize
 from nanochat_core.data.tasks.identity import read
+from nanochat_core.sources import synthesis
+from nanochat_core.sources.persona import PERSONA, prompt
+from nanochat_core.sources.synthesis import Order, Unfit, read_answer, synthesize
 
 Reply = tuple[int, Any, dict[str, str]]
 
@@ -297,7 +297,7 @@ def test_a_last_line_without_its_end_is_kept_if_it_is_a_conversation(writer: Wri
 COMMAND = """
 import sys
 from pathlib import Path
-from nanochat_core.data.synthesis import Order, synthesize
+from nanochat_core.sources.synthesis import Order, synthesize
 synthesize(Order(sys.argv[1], "m", 40, workers=2), Path(sys.argv[2]))
 """
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_core import plan as plans
 from nanochat_core.data.mixture import load_mixture
 from nanochat_core.data.tasks import TASKS, Problem, Task, check_name, load_task
 from nanochat_core.data.tasks.base import SPLITS, last_number, multiple_choice, truth
 from nanochat_core.data.tasks.word_problems import evaluate
 from nanochat_core.infer.tool_use import calculate
+from nanochat_core.runner import plan as plans
 from nanochat_core.stages import chat_eval, mid, sft
-from nanochat_core.tokenizer.chat import render_conversation
+from nanochat_core.tokenizer.render import render_conversation
 
 GENERATED = (
     "word_problems",

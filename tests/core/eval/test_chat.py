@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from nanochat_core.artifacts.stage import Job, Runtime
 from nanochat_core.data import tasks
 from nanochat_core.data.tasks import load_task
 from nanochat_core.data.tasks.base import Rows, dialogue, final_number
-from nanochat_core.eval import chat, core
+from nanochat_core.eval import chat_tasks, core
 from nanochat_core.infer.engine import Completion, Engine
 from nanochat_core.infer.sampling import Sampling
+from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT, load_model, write_config
 from nanochat_core.model.shape import GPTConfig
-from nanochat_core.stage import Job, Runtime
 from nanochat_core.stages import assets, base_eval, chat_eval
 from nanochat_core.tokenizer.bpe import Tokenizer, load_tokenizer, train
-from nanochat_core.tokenizer.chat import render_for_completion
+from nanochat_core.tokenizer.render import render_for_completion
 from nanochat_core.train.checkpoint import save_model
-from nanochat_core.train.ranks import World
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_one_right_sample_is_enough_and_every_sample_has_its_own_seed(
     script = [right[0], "no", "no", right[1], "no", "no", "no", "no", right[4], right[4]]
     engine: Any = Scripted(tokenizer, model, script)
     seen: list[int] = []
-    answers = chat.evaluate_task(engine, task, samples=2, temperature=1.0, progress=seen.append)
+    answers = chat_tasks.evaluate_task(engine, task, samples=2, temperature=1.0, progress=seen.append)
     assert [answer.correct for answer in answers] == [
         [True, False],
         [False, True],
@@ -75,8 +75,8 @@ def test_one_right_sample_is_enough_and_every_sample_has_its_own_seed(
         [False, False],
         [True, True],
     ]
-    assert chat.accuracy(answers) == pytest.approx(0.6)
-    assert chat.passes(answers, 2) == {1: pytest.approx(0.4), 2: pytest.approx(0.6)}
+    assert chat_tasks.accuracy(answers) == pytest.approx(0.6)
+    assert chat_tasks.passes(answers, 2) == {1: pytest.approx(0.4), 2: pytest.approx(0.6)}
     assert len(set(engine.seeds)) == 10
     assert seen == [4, 5]
 
@@ -86,19 +86,19 @@ def test_letters_are_compared_at_the_start_of_the_answer_alike_in_a_batch_and_al
 ) -> None:
     task = load_task("choices", "test", size=20)
     problems = [task[i] for i in range(20)]
-    together = chat.choose(model, tokenizer, problems)
+    together = chat_tasks.choose(model, tokenizer, problems)
     for problem, letter in zip(problems, together, strict=True):
         prompt = torch.tensor([render_for_completion(tokenizer, problem)[-128:]])
         logits = model(prompt)[0, -1]
         assert letter == max("ABCD", key=lambda name: logits[tokenizer.encode(name)[0]].item())
-    assert chat.centered(task, 0.25) == 0 and chat.centered(task, 1.0) == 1
+    assert chat_tasks.centered(task, 0.25) == 0 and chat_tasks.centered(task, 1.0) == 1
 
 
 def test_real_answers_do_not_depend_on_the_batch(tokenizer: Tokenizer, model: GPT) -> None:
     task = load_task("word_problems", "test", size=6)
     options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 12, "samples": 2}
-    wide = chat.evaluate_task(Engine(model, tokenizer, max_rows=12), task, **options)
-    narrow = chat.evaluate_task(Engine(model, tokenizer, max_rows=1), task, **options)
+    wide = chat_tasks.evaluate_task(Engine(model, tokenizer, max_rows=12), task, **options)
+    narrow = chat_tasks.evaluate_task(Engine(model, tokenizer, max_rows=1), task, **options)
     assert wide == narrow
 
 
@@ -108,7 +108,7 @@ def on_one_of_two(rank: int, folder: str) -> None:
     world = World(rank, 2, torch.device("cpu"), torch.float32)
     engine = Engine(load_model(Path(folder)), load_tokenizer(Path(folder)), max_rows=4)
     for name in ("word_problems", "choices"):
-        share = chat.evaluate_task(engine, load_task(name, "test", size=5), rank=rank, size=2, **ASKED)
+        share = chat_tasks.evaluate_task(engine, load_task(name, "test", size=5), rank=rank, size=2, **ASKED)
         assert len(share) == 3 - rank
         found = [answer._asdict() for answer in sorted(world.gather(share))]
         (Path(folder) / f"{name}-{rank}.json").write_text(json.dumps(found))
@@ -125,10 +125,10 @@ def test_two_ranks_give_the_answers_of_one(tokenizer: Tokenizer, model: GPT, tmp
     save_model(tmp_path, model)
     mp.spawn(on_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
     for name in ("word_problems", "choices"):
-        alone = chat.evaluate_task(Engine(model, tokenizer), load_task(name, "test", size=5), **ASKED)
+        alone = chat_tasks.evaluate_task(Engine(model, tokenizer), load_task(name, "test", size=5), **ASKED)
         for rank in (0, 1):
             found = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
-            assert [chat.Answer(**answer) for answer in found] == alone
+            assert [chat_tasks.Answer(**answer) for answer in found] == alone
 
 
 def test_the_evaluation_stages_run_and_go_on_after_a_kill(
@@ -183,7 +183,7 @@ def test_the_evaluation_stages_run_and_go_on_after_a_kill(
     metrics = chat_eval.run(ask, asked)
     assert list(metrics) == ["chatcore", "capitals", "choices", "word_problems_hard"]
     assert len((asked.path / "answers" / "choices.jsonl").read_text().splitlines()) == 4
-    monkeypatch.setattr(chat, "evaluate_task", None)  # nothing is asked twice
+    monkeypatch.setattr(chat_tasks, "evaluate_task", None)  # nothing is asked twice
     assert chat_eval.run(ask, asked) == metrics
 
 
@@ -192,8 +192,13 @@ def test_pass_at_k_is_the_chance_that_k_of_the_samples_hold_a_right_one() -> Non
         marks = [i < right for i in range(samples)]
         for k in range(1, samples + 1):
             drawn = [any(draw) for draw in itertools.combinations(marks, k)]
-            assert chat.pass_at(k, samples, right) == pytest.approx(sum(drawn) / len(drawn))
-    assert (chat.sizes(1), chat.sizes(2), chat.sizes(6), chat.sizes(8)) == ([], [2], [2, 4, 6], [2, 4, 8])
+            assert chat_tasks.pass_at(k, samples, right) == pytest.approx(sum(drawn) / len(drawn))
+    assert (chat_tasks.sizes(1), chat_tasks.sizes(2), chat_tasks.sizes(6), chat_tasks.sizes(8)) == (
+        [],
+        [2],
+        [2, 4, 6],
+        [2, 4, 8],
+    )
 
 
 def test_chatcore_over_six_tasks_gives_that_over_five_beside_it(
@@ -212,11 +217,11 @@ def test_chatcore_over_six_tasks_gives_that_over_five_beside_it(
         kind: Any = "categorical" if choice else "generative"
         return Rows(name, 4, lambda i: dialogue("?", "!"), kind=kind, baseline=0.25 * choice)
 
-    def answered(engine: Any, task: Rows, **options: Any) -> list[chat.Answer]:
-        return [chat.Answer(i, [i < 4 * right[task.name]], ["!"]) for i in range(4)]
+    def answered(engine: Any, task: Rows, **options: Any) -> list[chat_tasks.Answer]:
+        return [chat_tasks.Answer(i, [i < 4 * right[task.name]], ["!"]) for i in range(4)]
 
     monkeypatch.setattr(tasks, "load_task", made)
-    monkeypatch.setattr(chat, "evaluate_task", answered)
+    monkeypatch.setattr(chat_tasks, "evaluate_task", answered)
 
     def metrics(*names: str) -> dict[str, Any]:
         cfg = chat_eval.Config(tasks=names) if names else chat_eval.Config()
@@ -252,4 +257,4 @@ def test_answers_after_the_mark_are_compared_as_numbers() -> None:
 def test_sample_seeds_do_not_collide() -> None:
     rng = random.Random(0)
     keys = {(rng.randrange(4), rng.randrange(500), rng.randrange(16)) for _ in range(2000)}
-    assert len({chat.sample_seed(*key) for key in keys}) == len(keys)
+    assert len({chat_tasks.sample_seed(*key) for key in keys}) == len(keys)

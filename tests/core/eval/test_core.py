@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from nanochat_core.eval import core, spans
 from nanochat_core.eval.core import IclTask, Kind
 from nanochat_core.eval.spans import Candidate
+from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.tokenizer.bpe import Tokenizer, train
-from nanochat_core.train.ranks import World
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 

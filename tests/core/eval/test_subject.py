@@ -9,13 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flows.cli import app
-from nanochat_core.data import bundle
+from nanochat_core.cli.main import app
 from nanochat_core.eval import bench, core
 from nanochat_core.eval.subject import TransformersTokens, load_subject
 from nanochat_core.infer.exported import export
 from nanochat_core.model.gpt import GPT, write_config
 from nanochat_core.model.shape import GPTConfig
+from nanochat_core.sources import bundle
 from nanochat_core.tokenizer.bpe import Tokenizer, train
 from nanochat_core.train.checkpoint import save_model
 

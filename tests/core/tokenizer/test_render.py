@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from nanochat_core.tokenizer.bpe import Tokenizer
-from nanochat_core.tokenizer.chat import render_conversation, render_for_completion
+from nanochat_core.tokenizer.render import render_conversation, render_for_completion
 
 TOKENIZER = Tokenizer([(ord("h"), ord("i"))])  # "hi" is 256; the specials are 257 to 265
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(257, 266)

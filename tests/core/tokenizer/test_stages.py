@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken.load
 
-from nanochat_core.stage import Job, Recipe, Runtime
+from nanochat_core.artifacts.stage import Job, Recipe, Runtime
 from nanochat_core.stages import shards, tokenizer, tokenizer_eval
 from nanochat_core.stages.tokenizer import capped
 from nanochat_core.tokenizer.bpe import load_tokenizer

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tinytrain import WORLD, documents, tiny_model
 
-from nanochat_core.data.documents import Shard
+from nanochat_core.artifacts.store import sha256
 from nanochat_core.optim.schedule import Rates
-from nanochat_core.store import sha256
+from nanochat_core.sources.documents import Shard
 from nanochat_core.tokenizer.bpe import Tokenizer, train
 from nanochat_core.train.checkpoint import TrainState
 from nanochat_core.train.setup import new_state

@@ -15,16 +15,16 @@ import torch
 import torch.multiprocessing as mp
 from tinytrain import tiny_model
 
+from nanochat_core.artifacts.stage import Interrupted, Job, Metrics, Runtime
 from nanochat_core.data import tasks
-from nanochat_core.data.rollouts import Vitals
 from nanochat_core.data.tasks.base import Problem, Rows, dialogue
 from nanochat_core.model.gpt import write_config
-from nanochat_core.stage import Interrupted, Job, Metrics, Runtime
 from nanochat_core.stages import rl
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train import loop
 from nanochat_core.train.checkpoint import TrainState, save_model
 from nanochat_core.train.collapse import Best, Limits, Monitor
+from nanochat_core.train.rollouts import Vitals
 
 START = Vitals(reward=0.4, entropy=0.5, length=20.0, unfinished=0.1)
 LIMITS = Limits(
@@ -232,7 +232,7 @@ def test_a_planted_collapse_stops_and_keeps_the_best(job: Callable[..., Job]) ->
     assert kept_weights == (planted.path / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("at", [2, 5])
+@pytest.mark.parametrize("at", [5, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_stops_where_the_other_would_have(
     at: int, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tinytrain import documents, job_in, pretraining_over, tiny_model
 
+from nanochat_core.artifacts.stage import Runtime
 from nanochat_core.eval import bpb
+from nanochat_core.machine.ranks import pick_dtype
 from nanochat_core.model.gpt import write_config
-from nanochat_core.stage import Runtime
 from nanochat_core.stages import pretrain, sft
 from nanochat_core.tokenizer.bpe import Tokenizer
-from nanochat_core.train import chat
+from nanochat_core.train import finetune
 from nanochat_core.train.checkpoint import save_model
 from nanochat_core.train.loop import _Runner
-from nanochat_core.train.ranks import pick_dtype
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         return backward(runner, *args)
 
     monkeypatch.setattr(bpb, "bits_per_byte", measured)
-    monkeypatch.setattr(chat, "bits_per_byte", measured)
+    monkeypatch.setattr(finetune, "bits_per_byte", measured)
     monkeypatch.setattr(_Runner, "backward", trained)
     return seen
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_core import joining, launch, nodes
-from nanochat_core import plan as plans
-from nanochat_core.stage import Runtime
+from nanochat_core.artifacts.stage import Runtime
+from nanochat_core.runner import join, launch, rendezvous
+from nanochat_core.runner import plan as plans
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -45,7 +45,7 @@ class Second:
         self.log = log
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flows.cli", "join", "--base-dir", str(base)],
+                [sys.executable, "-m", "nanochat_core.cli.main", "join", "--base-dir", str(base)],
                 stdin=subprocess.DEVNULL,
                 stderr=out,
                 start_new_session=True,
@@ -100,12 +100,12 @@ def test_the_first_machine_waits_for_the_other_to_come_back(tmp_path: Path, seco
 
     def pull_the_plug(row: object) -> None:
         if not calls and (plans.saved_step(two.jobs["pretrain"].path) or 0) >= 10:
-            calls.append(nodes.called(base))
+            calls.append(rendezvous.called(base))
             kill_tree(second.process.pid)
 
     def come_back() -> bool:
         """Once the first has called again; it is never told to stop."""
-        if calls and not again and nodes.called(base) not in calls:
+        if calls and not again and rendezvous.called(base) not in calls:
             again.append(Second(base, tmp_path / "third.log"))
         return False
 
@@ -146,21 +146,21 @@ def test_the_first_machine_calls_and_the_other_answers(
     runtime = Runtime(base_dir=tmp_path, nnodes=2, nproc=4, rendezvous=f"127.0.0.1:{free_port()}")
     job = tmp_path / "pretrain" / ("f" * 20) / "job.json"
     (tmp_path / "locks").mkdir()
-    assert nodes.heard(tmp_path) is None
-    words = nodes.torchrun(job, runtime)
+    assert rendezvous.heard(tmp_path) is None
+    words = rendezvous.torchrun(job, runtime)
     assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d"} <= set(words)
     assert f"--rdzv-endpoint={runtime.rendezvous}" in words and "--local-addr=127.0.0.1" in words
     assert any("is_host=1" in word for word in words)
-    assert nodes.heard(tmp_path) is None  # the call lies there, but nobody is at the other end
+    assert rendezvous.heard(tmp_path) is None  # the call lies there, but nobody is at the other end
     with socket.create_server(("127.0.0.1", int(str(runtime.rendezvous).rpartition(":")[2]))):
-        call = nodes.heard(tmp_path)
+        call = rendezvous.heard(tmp_path)
         assert call is not None and call["job"] == f"pretrain/{'f' * 20}/job.json"
         moved = tmp_path.with_name("elsewhere")
         shutil.copytree(tmp_path, moved)
         with pytest.raises(ValueError, match="mount it at the same path"):
-            nodes.heard(moved)
-    monkeypatch.setenv(nodes.ANSWER, json.dumps(call))
-    answer = nodes.torchrun(job, runtime)
+            rendezvous.heard(moved)
+    monkeypatch.setenv(rendezvous.ANSWER, json.dumps(call))
+    answer = rendezvous.torchrun(job, runtime)
     assert any("is_host=0" in word for word in answer)
     assert [w for w in words if "rdzv-id" in w] == [w for w in answer if "rdzv-id" in w]
 
@@ -177,50 +177,50 @@ def test_a_name_that_leads_back_to_this_machine_is_no_place_to_meet(
 
     monkeypatch.setattr(socket, "getaddrinfo", looked_up)
     monkeypatch.setattr(socket, "gethostname", lambda: "spark-1")
-    nodes.refuse_loopback(Runtime(base_dir=tmp_path))
+    rendezvous.refuse_loopback(Runtime(base_dir=tmp_path))
     for meeting in ("spark-2:29400", "192.168.100.1:29400", "127.0.0.1:29400"):
-        nodes.refuse_loopback(Runtime(base_dir=tmp_path, nnodes=2, rendezvous=meeting))
+        rendezvous.refuse_loopback(Runtime(base_dir=tmp_path, nnodes=2, rendezvous=meeting))
     with pytest.raises(ValueError, match=r"spark-1, which is 127\.0\.1\.1.*set runtime\.rendezvous"):
-        nodes.refuse_loopback(Runtime(base_dir=tmp_path, nnodes=2))
+        rendezvous.refuse_loopback(Runtime(base_dir=tmp_path, nnodes=2))
     with pytest.raises(ValueError, match="nowhere, which has no address here"):
-        nodes.refuse_loopback(Runtime(base_dir=tmp_path, nnodes=2, rendezvous="nowhere:1"))
+        rendezvous.refuse_loopback(Runtime(base_dir=tmp_path, nnodes=2, rendezvous="nowhere:1"))
 
 
 def test_joining_says_once_that_a_call_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joining, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(join, "POLL_SECONDS", 0.0)
     runtime = Runtime(base_dir=tmp_path, nnodes=2, rendezvous=f"127.0.0.1:{free_port()}")
     job = tmp_path / "pretrain" / ("f" * 20) / "job.json"
     job.parent.mkdir(parents=True)
     (tmp_path / "locks").mkdir()
-    nodes.torchrun(job, runtime)
+    rendezvous.torchrun(job, runtime)
     looks = 0
 
     def looked(base_dir: Path) -> None:
         nonlocal looks
         looks += 1
-        if looks == 3 * joining.PATIENCE:
+        if looks == 3 * join.PATIENCE:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(joining, "heard", looked)
+    monkeypatch.setattr(join, "heard", looked)
     for began in (False, True):
         said: list[str] = []
         looks = 0
         if began:
             job.write_text("{}")
         with pytest.raises(KeyboardInterrupt):
-            joining.join(tmp_path, said.append)
+            join.join(tmp_path, said.append)
         assert len(said) == (1 if began else 0)
     assert f"a call names {runtime.rendezvous}, which does not answer" in said[0]
     (job.parent / "result.json").write_text("{}")
-    assert nodes.unanswered(tmp_path) is None  # the stage is done: nobody waits
+    assert rendezvous.unanswered(tmp_path) is None  # the stage is done: nobody waits
 
 
 def test_one_machine_needs_no_rendezvous(tmp_path: Path) -> None:
     runtime = Runtime(base_dir=tmp_path, nproc=8)
-    assert nodes.torchrun(tmp_path / "job.json", runtime) == ["--standalone", "--nproc-per-node=8"]
-    assert not nodes.call_path(tmp_path).exists()
+    assert rendezvous.torchrun(tmp_path / "job.json", runtime) == ["--standalone", "--nproc-per-node=8"]
+    assert not rendezvous.call_path(tmp_path).exists()
 
 
 def test_a_rendezvous_without_a_port_is_refused(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from nanochat_core.artifacts.stage import Job, Recipe, Runtime
+from nanochat_core.artifacts.store import sha256
+from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT, GPTConfig
-from nanochat_core.stage import Job, Recipe, Runtime
 from nanochat_core.stages import pretrain
-from nanochat_core.store import sha256
 from nanochat_core.tokenizer.bpe import Tokenizer
-from nanochat_core.train.ranks import World
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 

@@ -1,0 +1,235 @@
+"""What this machine is and how it does: read from the kernel's files and a few commands, at one place.
+
+Everything that cannot be read is None or empty, never a guess; who shows it says so.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+ASK_SECONDS = 20.0  # nvidia-smi takes long while the driver wakes up
+SOONEST, LATEST = 1.0, 30.0  # seconds between two readings of a stage: dense at first; 57,600 in ten days
+EARLY = 20  # a reading each twentieth of the time so far, between those bounds
+
+PEAK_FLOPS = {  # dense bf16, nominal
+    "GB10": 125e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(gpu: str) -> float | None:
+    """FLOP/s of a GPU by its name, dense bf16, nominal; None for one that is not in the table."""
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in gpu), None)
+
+
+class Said(NamedTuple):
+    """A command's exit code and what it printed; code 127 if there is no such command."""
+
+    code: int
+    out: str
+
+
+def ask(words: Sequence[str], seconds: float = ASK_SECONDS) -> Said:
+    """Run a command that only tells something."""
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+            text=True,
+            errors="replace",
+        )
+    except FileNotFoundError:
+        return Said(127, "")
+    except subprocess.TimeoutExpired:
+        return Said(124, f"{words[0]} did not answer in {seconds:.0f} s")
+    except OSError as error:
+        return Said(126, str(error))
+    return Said(done.returncode, done.stdout.strip())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the facts are read; tests put a folder of files and their own answers here."""
+
+    root: Path = Path("/")
+    ask: Callable[[Sequence[str]], Said] = ask
+
+    def text(self, path: str) -> str:
+        """A file of the kernel's, without its last newline; empty if it cannot be read."""
+        try:
+            return (self.root / path).read_text(errors="replace").strip("\0\n ")
+        except OSError:
+            return ""
+
+
+HERE = Machine()
+
+
+class Gpu(NamedTuple):
+    name: str
+    driver: str
+    capability: str
+    watts: float | None
+    celsius: float | None
+
+
+def gpus(machine: Machine = HERE) -> tuple[list[Gpu], str]:
+    """The GPUs that NVIDIA's driver shows, or none and why: "" where there is no such driver at all."""
+    fields = "name,driver_version,compute_cap,power.draw,temperature.gpu"
+    said = machine.ask(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
+    if said.code == 127:
+        return [], ""
+    rows = [[cell.strip() for cell in line.split(",")] for line in said.out.splitlines()]
+    if said.code or not rows or any(len(row) != 5 for row in rows):
+        return [], said.out.splitlines()[0] if said.out else f"nvidia-smi ended with code {said.code}"
+    return [Gpu(a, b, c, _number(watts), _number(celsius)) for a, b, c, watts, celsius in rows], ""
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # [N/A], and [Not Supported] for what a unified-memory GPU does not tell
+        return None
+
+
+class Memory(NamedTuple):
+    """Bytes."""
+
+    total: int
+    available: int
+    swap: int
+
+
+def memory(machine: Machine = HERE) -> Memory | None:
+    """What /proc/meminfo says; on a DGX Spark this is the GPU's memory too."""
+    found = {}
+    for line in machine.text("proc/meminfo").splitlines():
+        name, _, rest = line.partition(":")
+        words = rest.split()
+        if words and words[0].isdigit():
+            found[name] = int(words[0]) * 1024
+    if "MemTotal" not in found or "MemAvailable" not in found:
+        return None
+    return Memory(found["MemTotal"], found["MemAvailable"], found.get("SwapTotal", 0))
+
+
+def cpu(machine: Machine = HERE) -> str:
+    """The processor's name, as far as the kernel knows one."""
+    for line in machine.text("proc/cpuinfo").splitlines():
+        name, _, rest = line.partition(":")
+        if name.strip() in ("model name", "Model"):
+            return rest.strip()
+    return platform.processor() or platform.machine()
+
+
+def describe(machine: Machine = HERE) -> dict[str, str]:
+    """What a report should know of the machine, in words."""
+    found, _ = gpus(machine)
+    ram = memory(machine)
+    release = dict(
+        line.split("=", 1) for line in machine.text("etc/os-release").splitlines() if line.count("=") == 1
+    )
+    name = release.get("PRETTY_NAME", platform.system()).strip('"')
+    return {
+        "gpu": "; ".join(f"{gpu.name} (driver {gpu.driver})" for gpu in found),
+        "cpu": f"{cpu(machine)}, {os.cpu_count()} cores",
+        "memory": f"{ram.total / 2**30:.0f} GiB" if ram else "",
+        "system": f"{name}, {platform.system()} {platform.release()}",
+    }
+
+
+class Reading(NamedTuple):
+    """One look at the machine at work."""
+
+    memory_gb: float | None  # in use, of the whole machine
+    celsius: float | None  # of the GPUs' warmest, or else of the warmest sensor
+    watts: float | None
+    meter: str | None  # what the watts are of: "GPU" or "CPU package"
+
+
+def joules(machine: Machine = HERE) -> float | None:
+    """The CPU packages' energy counters, where they may be read."""
+    values = [
+        _number((path / "energy_uj").read_text())
+        for path in sorted((machine.root / "sys/class/powercap").glob("intel-rapl:?"))
+        if os.access(path / "energy_uj", os.R_OK)
+    ]
+    known = [value for value in values if value is not None]
+    return sum(known) / 1e6 if known else None
+
+
+def warmest(machine: Machine = HERE) -> float | None:
+    """Degrees of the warmest sensor that the kernel knows."""
+    paths = [
+        *(machine.root / "sys/class/hwmon").glob("hwmon*/temp*_input"),
+        *(machine.root / "sys/class/thermal").glob("thermal_zone*/temp"),
+    ]
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(path.read_text()) / 1000)
+    return max((degrees for degrees in found if 0 < degrees < 150), default=None)
+
+
+class Meter:
+    """Readings one after another: power from a counter is a difference."""
+
+    def __init__(self, machine: Machine = HERE) -> None:
+        self.machine = machine
+        self.with_gpu = bool(gpus(machine)[0])
+        self.last = (time.monotonic(), joules(machine))
+
+    def read(self) -> Reading:
+        ram = memory(self.machine)
+        used = round((ram.total - ram.available) / 1e9, 2) if ram else None
+        found = gpus(self.machine)[0] if self.with_gpu else []
+        if found:
+            watts = [gpu.watts for gpu in found if gpu.watts is not None]
+            degrees = [gpu.celsius for gpu in found if gpu.celsius is not None]
+            power = round(sum(watts), 1) if watts else None
+            return Reading(used, max(degrees, default=None), power, "GPU" if watts else None)
+        (before, old), now, counted = self.last, time.monotonic(), joules(self.machine)
+        self.last = (now, counted)
+        if old is None or counted is None or counted < old or now <= before:  # the counter wraps around
+            return Reading(used, warmest(self.machine), None, None)
+        return Reading(used, warmest(self.machine), round((counted - old) / (now - before), 1), "CPU package")
+
+
+@contextlib.contextmanager
+def logged(path: Path, machine: Machine = HERE) -> Iterator[None]:
+    """Meanwhile, readings of the machine are added to a file: one line of JSON each, with its time."""
+    over = threading.Event()
+
+    def keep() -> None:
+        meter, begin = Meter(machine), time.monotonic()
+        with contextlib.suppress(OSError), path.open("a") as f:  # of a full disk the stage itself will tell
+            while True:
+                row = {key: value for key, value in meter.read()._asdict().items() if value is not None}
+                f.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+                f.flush()
+                if over.wait(min(LATEST, max(SOONEST, (time.monotonic() - begin) / EARLY))):
+                    return
+
+    thread = threading.Thread(target=keep, name="machine-log", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(ASK_SECONDS)
