@@ -213,8 +213,8 @@ class Decoder:
             turned: Tensor = self._head_norm(qk.float()).view(torch.complex64) * rope
             return turned.view(torch.float32)
 
-        def attend(layer: int, turned: Sequence[Tensor], v: Tensor) -> Tensor:
-            (qk,) = turned
+        def attend(layer: int, parts: Sequence[Tensor], v: Tensor) -> Tensor:
+            (qk,) = parts
             qk, v = qk.to(self._cache_dtype), v.to(self._cache_dtype)
             q, k = qk[:, :H], qk[:, H:]
             keys, values = self._slots[layer]
