@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nanochat_core.data.batch import Batch
-from nanochat_core.sources.documents import Reader, Shard
+from nanochat_core.sources.documents import Reader, Shard, Texts
 from nanochat_core.tokenizer.bpe import Tokenizer
 
 BUFFER_DOCS = 1000  # documents to choose from
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
 
 def packed(
-    shards: Sequence[Shard],
+    shards: Sequence[Shard | Texts],
     tokenizer: Tokenizer,
     *,
     rows: int,
@@ -80,7 +80,7 @@ def by_length(piece: Piece) -> tuple[int, int]:
 class _Stream:
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: Sequence[Shard | Texts],
         tokenizer: Tokenizer,
         cursor: dict[str, Any],
         rank: int,

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat_core.optim.adamw import adamw_update
 from nanochat_core.optim.groups import Group
 from nanochat_core.optim.muon import MuonState, muon_update, new_state
 from nanochat_core.optim.seals import Seals
@@ -44,14 +43,14 @@ class _Piece(NamedTuple):
 class Optimizer:
     """Updates the parameters of `groups`, whose gradients are sums over all ranks' tokens."""
 
-    def __init__(self, groups: list[Group], *, rank: int = 0, size: int = 1, dtype: torch.dtype) -> None:
+    def __init__(self, groups: Sequence[Group], *, rank: int = 0, size: int = 1, dtype: torch.dtype) -> None:
         self.rank, self.size, self.dtype = rank, size, dtype
         self.step_count = 0
         self.pieces: list[_Piece] = []
         for group in groups:
-            if group.kind == "adamw":
+            if group.kind == "elementwise":
                 for name, p in zip(group.names, group.params, strict=True):
-                    self._add_adamw(group, name, p)
+                    self._add_elementwise(group, name, p)
             else:
                 self._add_muon(group)
         whole = {piece.name: piece.whole for piece in self.pieces}
@@ -70,7 +69,7 @@ class Optimizer:
         piece = _Piece(group, f"muon_{m}x{n}", whole, grads, K, True, self.size > 1, state._asdict())
         self.pieces.append(piece)
 
-    def _add_adamw(self, group: Group, name: str, p: torch.nn.Parameter) -> None:
+    def _add_elementwise(self, group: Group, name: str, p: torch.nn.Parameter) -> None:
         divides = p.numel() >= REPLICATED_BELOW
         sharded = divides and self.size > 1
         numel = -(-p.numel() // self.size) * self.size if sharded else p.numel()
@@ -123,8 +122,8 @@ class Optimizer:
             p, grad = self._own(piece, piece.whole), self._own(piece, piece.grads)
             if grad_scale != 1.0:
                 grad.mul_(grad_scale)
-            if group.kind == "adamw":
-                adamw_update(
+            if group.kind == "elementwise":
+                group.rule(
                     p,
                     grad,
                     piece.state["mean"],

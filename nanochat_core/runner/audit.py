@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat_core.artifacts import store, transcript
+from nanochat_core.machine.installed import module
 from nanochat_core.runner.exits import last_words
 from nanochat_core.runner.launch import environment, lock_path, stop
 
@@ -72,7 +72,7 @@ def replay(directory: Path, base_dir: Path, stretch: Stretch) -> list[str]:
     log = work / "log.txt"
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "nanochat_core.runner.launch", str(work / "job.json")],
+            module("nanochat_core.runner.launch", str(work / "job.json")),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

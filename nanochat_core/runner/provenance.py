@@ -14,7 +14,7 @@ from nanochat_core.machine import hardware
 
 def provenance() -> dict[str, Any]:
     versions = {}
-    for package in ("nanochat", "nanochat-bpe", "torch", "prefect", "pyarrow", "numpy"):
+    for package in ("nanochat-flow", "nanochat-bpe", "torch", "prefect", "pyarrow", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {

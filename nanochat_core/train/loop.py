@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -44,7 +44,7 @@ class Hook(NamedTuple):
 
 
 def fit(
-    job: Job,
+    job: Job[Any],
     world: World,
     state: TrainState,
     batches: Batches,
@@ -131,7 +131,7 @@ def fit(
 
 
 def _run(
-    job: Job,
+    job: Job[Any],
     world: World,
     state: TrainState,
     batches: Batches,
@@ -258,7 +258,7 @@ def _run(
 class _Runner:
     """Forward and backward of a batch in as many pieces as the device has room for."""
 
-    def __init__(self, job: Job, world: World, state: TrainState, compile: bool) -> None:
+    def __init__(self, job: Job[Any], world: World, state: TrainState, compile: bool) -> None:
         self.world = world
         self.runtime, self.compiled = job.runtime, compile
         self.rows = job.runtime.device_batch.get(
@@ -307,7 +307,7 @@ class _Runner:
         return float(torch.stack(losses).double().sum())
 
 
-def rows_path(job: Job, world: World) -> Path:
+def rows_path(job: Job[Any], world: World) -> Path:
     return job.path / "checkpoints" / f"rows_{world.rank}.json"
 
 
@@ -315,7 +315,7 @@ def device_name(world: World) -> str:
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
 
 
-def keep_rows(job: Job, world: World, rows: int) -> None:
+def keep_rows(job: Job[Any], world: World, rows: int) -> None:
     """Note how many rows fit, so that an attempt after this one neither runs out of memory nor compiles
     twice."""
     path = rows_path(job, world)
@@ -324,7 +324,7 @@ def keep_rows(job: Job, world: World, rows: int) -> None:
     store.write_json(path, {"device": device_name(world), "asked": asked, "rows": rows})
 
 
-def rows_that_fit(job: Job, world: World, asked: int) -> int:
+def rows_that_fit(job: Job[Any], world: World, asked: int) -> int:
     """The rows asked for (0: the whole batch), or the fewer that an earlier attempt found to fit this device.
     Who asks for more than that attempt did is given it."""
     path = rows_path(job, world)

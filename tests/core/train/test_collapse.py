@@ -232,7 +232,7 @@ def test_a_planted_collapse_stops_and_keeps_the_best(job: Callable[..., Job]) ->
     assert kept_weights == (planted.path / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("at", [2, 5])
+@pytest.mark.parametrize("at", [5, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_stops_where_the_other_would_have(
     at: int, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
