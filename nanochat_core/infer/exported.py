@@ -62,13 +62,32 @@ def export(
 
     What is exported already can be exported again, to have it in another `dtype`.
     """
-    from safetensors.torch import save
-
     if is_exported(model_directory):
         model, tokenizer = load_exported(model_directory)
     else:
         model, tokenizer = load_model(model_directory), load_tokenizer(tokenizer_directory)
         check_tokenizer(model_directory, read_config(model_directory)[1], tokenizer)
+    save(model, tokenizer, target, dtype=dtype, results=results, name=name)
+    return model.num_params()
+
+
+def save(
+    model: GPT,
+    tokenizer: Tokenizer,
+    target: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    results: Mapping[str, Mapping[str, Any]] | None = None,
+    name: str | None = None,
+) -> None:
+    """Write a model and its tokenizer as a directory that `load` and `nanochat chat` open; transformers opens
+    a `seed` model's too. A model that is there already is replaced.
+
+    `dtype` is that of the saved weights. `results` (metrics by stage) and `name` (the directory's) are for
+    the model card.
+    """
+    from safetensors.torch import save as serialized
+
     config = model.config
     weights = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
     target.mkdir(parents=True, exist_ok=True)
@@ -77,13 +96,15 @@ def export(
         write_json(target / "config.json", _their_config(config, tokenizer, dtype))
     else:
         write_config(target, config, tokenizer.fingerprint)
-    write_whole(target / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    write_whole(target / "model.safetensors", serialized(weights, metadata={"format": "pt"}))
     tokenizer.save(target)
     tokenizer.to_huggingface(target)
     write_json(target / "tokenizer_config.json", _tokenizer_config(config, tokenizer))
     write_json(target / "generation_config.json", _generation_config(tokenizer))
-    write_whole(target / "README.md", model_card(config, model.num_params(), results, name))
-    return model.num_params()
+    write_whole(
+        target / "README.md",
+        model_card(config, model.num_params(), results or {}, name or target.resolve().name),
+    )
 
 
 FILES = (

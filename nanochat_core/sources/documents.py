@@ -23,6 +23,17 @@ class Shard(NamedTuple):
     row_groups: int
 
 
+class Texts(NamedTuple):
+    """Documents in memory, all with text, read like a shard of one row group."""
+
+    documents: tuple[str, ...]
+    row_groups: int = 1
+
+    @property
+    def rows(self) -> int:
+        return len(self.documents)
+
+
 class Shards(NamedTuple):
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
@@ -62,7 +73,9 @@ class Reader:
         self.path: Path | None = None
         self.data = b""
 
-    def row_group(self, shard: Shard, index: int) -> list[str]:
+    def row_group(self, shard: Shard | Texts, index: int) -> list[str]:
+        if isinstance(shard, Texts):
+            return list(shard.documents)
         if self.path != shard.path:
             try:
                 data = shard.path.read_bytes()
