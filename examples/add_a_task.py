@@ -39,7 +39,7 @@ def main() -> None:
     engine = Engine(model, tokenizer)
 
     print(f"before: {accuracy(evaluate_task(engine, test, max_tokens=8)):.2f} (a guess: {test.baseline})")
-    history = fit(model, conversation_batches(train, tokenizer, rows=16, T=32), steps=50)
+    history = fit(model, conversation_batches(train, tokenizer, rows=8, T=32), steps=50)
     print(f"loss {history[0]['loss']:.2f} -> {history[-1]['loss']:.2f} nats per token")
 
     answers = evaluate_task(engine, test, max_tokens=8)
