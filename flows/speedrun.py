@@ -40,7 +40,8 @@ terminal: ContextVar[Terminal | None] = ContextVar("terminal", default=None)
 request: ContextVar[str | None] = ContextVar("request", default=None)
 """The name of a request to run stages again, if not the flow run's own id."""
 
-StageName = Annotated[str, Field(json_schema_extra={"enum": [stage.name for stage in STAGES]})]
+# A stage of the user's own has another name, so that these are examples and no enumeration.
+StageName = Annotated[str, Field(examples=[stage.name for stage in STAGES])]
 ProfileName = Annotated[str, Field(json_schema_extra={"enum": plans.profile_names()})]
 
 BY_FINGERPRINT = CacheKeyFnPolicy(
@@ -65,7 +66,8 @@ def speedrun(
 
     Args:
         profile: which model, data and machine
-        overrides: changes to the recipe, each as stage.key=value, for example pretrain.depth=4
+        overrides: changes to the recipe, each as stage.key=value, for example pretrain.depth=4;
+            profile.stages=["/where/it/is/my_stage.py:name"] adds a stage of yours
         rerun: stages to make again, with all that follows from them
         until: the last stage to run
         base_dir: where everything is kept; NANOCHAT_BASE_DIR or ~/.cache/nanochat if left empty
@@ -183,8 +185,8 @@ def train(
         copies.finish()
     if screen is not None:
         screen.sum_up()
-    if "report" in plan.jobs:
-        publish_report(plan.jobs["report"].path)
+    if plan.report is not None:
+        publish_report(plan.jobs[plan.report].path)
     return {name: result_of(job.path) for name, job in plan.jobs.items()}
 
 

@@ -1,4 +1,4 @@
-"""What tests of several parts share: the toy table, and commands run as a user runs them."""
+"""What tests of several parts share: the toy profile, and commands run as a user runs them."""
 
 import os
 import shutil
@@ -16,7 +16,6 @@ from filelock import FileLock
 if TYPE_CHECKING:
     from toys import Command, Toy
 
-TOY = Path(__file__).parent / "toy"
 TINY = Path(__file__).with_name("tiny.py")
 
 
@@ -61,24 +60,19 @@ def tiny_copy(tiny_base: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Toy":
-    """The toy table in this process and in each that it starts."""
-    from toys import Toy, toy_table
+    """The toy profile over a base directory of the test's."""
+    from toys import Toy
 
-    from nanochat_core.runner import launch, plan
+    from nanochat_core.runner import launch
 
-    table = toy_table()
-    for module in (plan, launch):
-        monkeypatch.setattr(module, "BY_NAME", table.BY_NAME)
-    monkeypatch.setattr(plan, "STAGES", table.STAGES)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.02)
-    monkeypatch.setenv("PYTHONPATH", str(TOY))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     return Toy(tmp_path / "base")
 
 
 @pytest.fixture
 def nanochat(tmp_path: Path) -> "Command":
-    """The command in a process of its own, over the toy table and a base directory of the test's."""
+    """The command in a process of its own, over a base directory of the test's."""
 
     def run(
         *words: str, env: dict[str, str] | None = None, **more: Any
@@ -89,7 +83,7 @@ def nanochat(tmp_path: Path) -> "Command":
             text=True,
             stdin=subprocess.DEVNULL,
             env=os.environ
-            | {"PYTHONPATH": str(TOY), "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "PREFECT_API_URL": ""}
+            | {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "PREFECT_API_URL": ""}
             | (env or {}),
             **more,
         )

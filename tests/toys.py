@@ -4,7 +4,6 @@ import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,6 @@ from nanochat_core.runner import plan as plans
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 TOY = Path(__file__).parent / "toy"
 PROFILE = TOY / "toy.toml"
-
-
-def toy_table() -> Any:
-    spec = spec_from_file_location("toy_table", TOY / "table.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def make(made: plans.Plan, *only: str) -> None:

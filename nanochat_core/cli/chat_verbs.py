@@ -90,10 +90,11 @@ def export(
     from nanochat_core.infer.exported import export, is_exported, push_to_hub
     from nanochat_core.infer.load import tokenizer_directory
     from nanochat_core.infer.model_card import measured
-    from nanochat_core.pipeline import BY_NAME
+    from nanochat_core.runner.plan import latest_table
 
     tokenizer = source if is_exported(source) else tokenizer_directory(source)
-    results = measured(source, BY_NAME["export"].gathers)
+    rows = latest_table(resolved(base_dir))
+    results = measured(source, [row for row in rows if rows[row].measures])
     title = name or directory.resolve().name
     params = export(
         source, tokenizer, directory, dtype=getattr(torch, dtype.value), results=results, name=title
@@ -104,11 +105,9 @@ def export(
 
 
 def model_directory(model: str | None, base_dir: Path) -> Path:
-    from nanochat_core.runner.plan import latest_run
     from nanochat_core.runner.status import find_model
 
-    root = resolved(base_dir)
-    return find_model(root, model, latest_run(root))
+    return find_model(resolved(base_dir), model)
 
 
 def free_port(host: str, port: int) -> None:

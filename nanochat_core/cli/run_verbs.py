@@ -13,6 +13,7 @@ from nanochat_core.cli.options import (
     Profile,
     Reruns,
     Sets,
+    Stages,
     Until,
     Yes,
     command,
@@ -21,6 +22,7 @@ from nanochat_core.cli.options import (
     say,
     usable,
     with_base,
+    with_stages,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ DEAR_SECONDS = 3600.0  # finished training that a changed recipe may leave unuse
 def run(
     profile: Profile,
     set_: Sets = None,
+    stage_: Stages = None,
     rerun: Reruns = None,
     until: Until = None,
     base_dir: BaseDir = HOME,
@@ -46,6 +49,7 @@ def run(
     from nanochat_core.runner.rendezvous import refuse_loopback
     from nanochat_core.runner.sync import following
 
+    set_ = with_stages(set_, stage_)
     plan = load_plan(profile, set_, rerun, until, usable(base_dir))
     verdicts = explain(plan)
     guard_cost(plan, verdicts, yes)
@@ -67,8 +71,8 @@ def run(
     except (KeyboardInterrupt, Interrupted, StageFailed) as end:
         left = [name for name in rerun or [] if not made_by(plan.jobs[name].path, token)]
         stopped(end, command("run", profile, set_, left, until, base_dir))
-    model = next((row for row in ("rl", "sft") if row in plan.jobs), None)
-    if "report" not in plan.jobs:
+    model = next((row for row in reversed(list(plan.jobs)) if plan.table[row].trains), None)
+    if plan.report is None:
         say(
             f"done, until {until}. Go on: {command('run', profile, set_, None, None, base_dir)}",
             out=sys.stdout,
@@ -76,13 +80,14 @@ def run(
         return
     if model is not None:
         say(f"talk to it: {with_base('nanochat chat ' + model, base_dir)}", out=sys.stdout)
-    say(f"report: {plan.jobs['report'].path / 'report.md'}", out=sys.stdout)
+    say(f"report: {plan.jobs[plan.report].path / 'report.md'}", out=sys.stdout)
 
 
 def stage(
     name: Annotated[str, typer.Argument(help="a row of the table, for example pretrain")],
     profile: Profile,
     set_: Sets = None,
+    stage_: Stages = None,
     rerun: Reruns = None,
     base_dir: BaseDir = HOME,
     yes: Yes = False,
@@ -95,6 +100,7 @@ def stage(
     from nanochat_core.runner.sync import following
     from nanochat_core.runner.terminal import Terminal
 
+    set_ = with_stages(set_, stage_)
     plan = load_plan(profile, set_, rerun, name, usable(base_dir))
     if name not in plan.jobs:
         raise ValueError(f"there is no {name} to run: {plan.left_out[name]}")

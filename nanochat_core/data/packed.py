@@ -45,9 +45,16 @@ def packed(
     """Batches of `rows` x T that follow `cursor` ({} is the beginning), for ever or for so many epochs.
 
     Rank r of n reads every n-th document. The cursor is exact: what follows it does not depend on where a run
-    was interrupted. After so many epochs the last batch is filled up with targets of -1; the ranks may come
-    to their ends at different batches.
+    was interrupted, unless on another number of ranks: those divide what is left of the epoch anew. After so
+    many epochs the last batch is filled up with targets of -1; the ranks may come to their ends at different
+    batches.
     """
+    if "ranks" in cursor:
+        others = [
+            _Stream(shards, tokenizer, one, r, len(cursor["ranks"]), epochs, buffer_docs)
+            for r, one in enumerate(cursor["ranks"])
+        ]
+        cursor = divided(others, rank, size)
     stream = _Stream(shards, tokenizer, cursor, rank, size, epochs, buffer_docs)
     filled = T + 1
     while filled == T + 1:
@@ -116,7 +123,7 @@ class _Stream:
             self._cache = ((shard, group), [np.asarray(document, dtype=np.int64) for document in ids])
         return self._cache[1]
 
-    def _read_group(self) -> bool:
+    def read_group(self) -> bool:
         """Put this rank's documents of the next row group into the buffer; False after the last epoch."""
         if self.epochs is not None and self.epoch >= self.epochs:
             return False
@@ -140,6 +147,10 @@ class _Stream:
                 break
         return True
 
+    def at(self) -> tuple[int, int, int, int]:
+        """The row group to read next."""
+        return self.epoch, self.shard, self.group, self.row
+
     # Packing.
 
     def _put(self, arrival: int, place: tuple[int, int, int, int], tokens: np.ndarray[Any, Any]) -> None:
@@ -151,7 +162,7 @@ class _Stream:
         """Fill one row with pieces; how many tokens it has got, which is all unless the data ends first."""
         at = 0
         while at < len(row):
-            while len(self.buffer) < self.buffer_docs and self._read_group():
+            while len(self.buffer) < self.buffer_docs and self.read_group():
                 pass
             if not self.buffer:
                 break
@@ -174,7 +185,20 @@ class _Stream:
         return at
 
     def cursor(self) -> "Cursor":
-        return Cursor((self.epoch, self.shard, self.group, self.row), self.arrivals, tuple(self.buffer))
+        return Cursor(self.at(), self.arrivals, tuple(self.buffer))
+
+
+def divided(others: Sequence[_Stream], rank: int, size: int) -> dict[str, Any]:
+    """Where rank r of n goes on after another number of ranks: all read up to where the furthest had got to,
+    and what they hold is dealt out, oldest first."""
+    furthest = max(stream.at() for stream in others)
+    for stream in others:
+        while stream.at() < furthest:
+            stream.read_group()
+    held = sorted((piece.arrival, r, piece.place) for r, s in enumerate(others) for piece in s.buffer)
+    mine = [place for _, _, place in held[rank::size]]
+    buffer = [[i, *place] for i, place in enumerate(mine)]
+    return {"next": list(furthest), "arrivals": len(mine), "buffer": buffer}
 
 
 @dataclass(frozen=True)

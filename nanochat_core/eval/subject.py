@@ -43,7 +43,7 @@ def from_transformers(name: str, device: torch.device) -> Subject:
     except ImportError:
         raise ValueError(
             f"{name} is no model of ours, and transformers, which may know it, is not installed "
-            f"(pip install transformers)"
+            f"(pip install 'nanochat-flow[transformers]')"
         ) from None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:

@@ -210,10 +210,11 @@ class Decoder:
             return self._norm(self._weights.embed(ids.clamp(min=0))) * (ids >= 0)[:, None]
 
         def turn(qk: Tensor) -> Tensor:
-            return (self._head_norm(qk.float()).view(torch.complex64) * rope).view(torch.float32)
+            turned: Tensor = self._head_norm(qk.float()).view(torch.complex64) * rope
+            return turned.view(torch.float32)
 
-        def attend(layer: int, turned: Sequence[Tensor], v: Tensor) -> Tensor:
-            (qk,) = turned
+        def attend(layer: int, parts: Sequence[Tensor], v: Tensor) -> Tensor:
+            (qk,) = parts
             qk, v = qk.to(self._cache_dtype), v.to(self._cache_dtype)
             q, k = qk[:, :H], qk[:, H:]
             keys, values = self._slots[layer]

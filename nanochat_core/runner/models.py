@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nanochat_core.runner.plan import latest_run
 from nanochat_core.runner.status import find_model
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def load(
     """
     base = base_dir or Path(os.environ.get("NANOCHAT_BASE_DIR") or BASE_DIR)
     root = base.expanduser().absolute()
-    directory = find_model(root, None if model is None else str(model), latest_run(root))
+    directory = find_model(root, None if model is None else str(model))
     import torch  # once there is something to load
 
     from nanochat_core.infer.load import Loaded, load_chat

@@ -3,14 +3,18 @@ validation shard."""
 
 from pydantic import Field
 
+from nanochat_core.artifacts.planned import Estimate, Planned, Speed
 from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
 
 class Config(Recipe):
     split_tokens: int = Field(20 * 2**19, ge=1)  # of each split
 
+    def estimate(self, stage: Planned, speed: Speed) -> Estimate:
+        return Estimate(2 * self.split_tokens / speed.read)
 
-def run(cfg: Config, job: Job) -> Metrics:
+
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     from itertools import islice
 
     from nanochat_core.artifacts.store import write_json

@@ -1,11 +1,11 @@
 """Pretraining: a GPT learns the next token of plain text, from nothing."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from nanochat_core.artifacts.planned import Estimate, Planned, Speed
 from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.model.flops import flops_per_token, num_params, scaling_params
 from nanochat_core.model.shape import GPTConfig
@@ -73,8 +73,8 @@ class Config(Training):
         scale = math.sqrt(self.batch(vocab_size) / REFERENCE_BATCH) / self.relative_horizon(vocab_size)
         return min(scale, MOST_DECAY / self.weight_decay)
 
-    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
-        vocab_size = configs["tokenizer"].vocab_size
+    def facts(self, stage: Planned) -> dict[str, float]:
+        vocab_size = stage.reads["tokenizer"].config.vocab_size
         shape, batch, steps = self.shape(vocab_size), self.batch(vocab_size), self.horizon(vocab_size)
         return {
             "params": sum(num_params(shape).values()),
@@ -84,12 +84,19 @@ class Config(Training):
             "flops": batch * steps * flops_per_token(shape),
         }
 
-    def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
-        vocab_size = configs["tokenizer"].vocab_size
-        divides(self.batch(vocab_size), self.shape(vocab_size).sequence_len, f"{row}.total_batch", ranks)
+    def check(self, stage: Planned, ranks: int) -> None:
+        vocab_size = stage.reads["tokenizer"].config.vocab_size
+        batch, shape = self.batch(vocab_size), self.shape(vocab_size)
+        divides(batch, shape.sequence_len, f"{stage.name}.total_batch", ranks)
+
+    def estimate(self, stage: Planned, speed: Speed) -> Estimate:
+        facts = self.facts(stage)
+        looks = 2 + (int(facts["steps"] // self.eval_every) if self.eval_every else 0)
+        work = facts["tokens"] / speed.train + facts["steps"] * speed.update
+        return Estimate(work + looks * self.eval_tokens / speed.read)
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Train from nothing to the horizon, or from where an earlier attempt got to."""
     from itertools import islice
 
@@ -110,7 +117,7 @@ def run(cfg: Config, job: Job) -> Metrics:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])
         vocab = tokenizer.vocab_size
         shape, batch, steps = cfg.shape(vocab), cfg.batch(vocab), cfg.horizon(vocab)
-        rows = divides(batch, shape.sequence_len, "pretrain.total_batch", world.size)
+        rows = divides(batch, shape.sequence_len, f"{job.stage}.total_batch", world.size)
         model = GPT(shape).init_weights(cfg.seed)
         state = new_state(model, cfg.rates(batch, cfg.decay_scale(vocab)), world)
         shards = shard_list(job.inputs["text"])

@@ -1,15 +1,17 @@
 """Reinforcement learning: the model answers problems that can be checked, and more of what was right becomes
 likely."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, field_validator
 
+from nanochat_core.artifacts.planned import Estimate, Planned, Speed, answer_tokens
 from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.data.tasks import check_name
 from nanochat_core.data.tasks.needs import check_rows
 from nanochat_core.train.config import Training
+
+QUESTION_TOKENS = 150
 
 
 class Config(Training):
@@ -47,16 +49,28 @@ class Config(Training):
         check_name(task)
         return task
 
-    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
+    def facts(self, stage: Planned) -> dict[str, float]:
         return {"steps": self.steps}
 
-    def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
+    def check(self, stage: Planned, ranks: int) -> None:
         if ranks > self.questions:
-            raise ValueError(f"{ranks} ranks cannot share {self.questions} questions; raise {row}.questions")
-        check_rows(f"{row}.task", (self.task,), ("train", "validation"), configs["assets"])
+            raise ValueError(
+                f"{ranks} ranks cannot share {self.questions} questions; raise {stage.name}.questions"
+            )
+        assets = stage.reads["assets"].config
+        check_rows(f"{stage.name}.task", (self.task,), ("train", "validation"), assets)
+
+    def estimate(self, stage: Planned, speed: Speed) -> Estimate:
+        answers = self.steps * self.questions * self.samples
+        looks = 2 + (self.steps // self.eval_every if self.eval_every else 0)
+        length = answer_tokens(self.max_tokens)
+        written = (answers + looks * self.eval_problems * self.eval_samples) * length
+        learned = answers * (QUESTION_TOKENS + length)
+        work = written / speed.write + learned / speed.train + self.steps * speed.update
+        return Estimate(work, about=True)
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Go on from the fine-tuned model, rewarded by the task's own marking."""
     import functools
     import json
@@ -149,6 +163,7 @@ def run(cfg: Config, job: Job) -> Metrics:
         def watched(state: TrainState) -> Iterator[Batch]:
             """Batches of rollouts, each seen by the monitor first; what it knows is part of the place."""
             nonlocal monitor
+            state.cursor = state.cursor.get("ranks", [state.cursor])[0]  # the same place on every rank
             known = state.cursor.get("monitor")
             monitor = None if known is None else Monitor.restored(limits, known)
             return stream(state)

@@ -15,7 +15,7 @@ from nanochat_core.train.loop import Hook, fit
 from nanochat_core.train.setup import byte_counts, learned, leave, new_state, trained_model
 
 
-def train_on_conversations(cfg: ChatTraining, job: Job) -> Metrics:
+def train_on_conversations(cfg: ChatTraining, job: Job[ChatTraining]) -> Metrics:
     """Go on from `job.inputs["model"]` over the mixture."""
     with ranks(job.runtime) as world:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])

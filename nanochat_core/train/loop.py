@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -22,7 +22,7 @@ from nanochat_core.data.batch import Batch
 from nanochat_core.machine.hardware import peak_flops
 from nanochat_core.machine.ranks import World
 from nanochat_core.optim.schedule import Schedule
-from nanochat_core.train.checkpoint import Saver, TrainState
+from nanochat_core.train.checkpoint import Fault, Saver, TrainState
 from nanochat_core.train.repeatable import repeatable
 
 Batches = Callable[[TrainState], Iterator[Batch]]
@@ -41,12 +41,8 @@ class Hook(NamedTuple):
         return step in (0, steps) or (self.every > 0 and step % self.every == 0)
 
 
-class Fault(Exception):
-    """A loss or gradient that is not finite."""
-
-
 def fit(
-    job: Job,
+    job: Job[Any],
     world: World,
     state: TrainState,
     batches: Batches,
@@ -63,9 +59,21 @@ def fit(
     Weights of a batch are divided by the count of all ranks, so neither the number of ranks nor the device
     batch changes what is computed. A checkpoint is made before hooks run, on the clock, on a step count and
     when the process is told to stop.
+
+    After a Fault the run goes back to the newest checkpoint and repeats what followed, for most are the
+    machine's and do not come again. One that does is met by passing over its batch, from one checkpoint
+    further back; a third ends the run.
     """
     hooks = tuple(hooks)
-    saver = Saver(job.path, world, job.runtime.keep_checkpoints)
+    fp8 = job.runtime.precision == "fp8"
+    saver = Saver(
+        job.path,
+        world,
+        job.runtime.keep_checkpoints,
+        precision="fp8" if fp8 else str(world.dtype).removeprefix("torch."),
+        audits=job.runtime.audit_stretches,
+        steps=steps,
+    )
     resumed = saver.resume(state)
     if world.is_first:
         rewind_metrics(job.path / "metrics.jsonl", state.step, keep=resumed)
@@ -73,6 +81,8 @@ def fit(
             print(f"going on from the checkpoint at step {state.step} of {steps}", flush=True)
     runner = _Runner(job, world, state, compile)
     runner.rows = rows_that_fit(job, world, runner.rows)
+    resumed_at = state.step
+    place, times = -1, 0  # the furthest batch with a Fault, and how many there were without getting past it
     with stop_signals() as stopping:
         while True:
             try:
@@ -92,24 +102,32 @@ def fit(
                 )
                 return
             except Fault as fault:
-                if state.drawn in state.skip or state.skip[-1:] == [state.drawn - 1]:
+                times = times + 1 if fault.batch <= place + 1 else 1
+                place = fault.batch if times == 1 else max(place, fault.batch)
+                if times == 3:
                     raise ValueError(
-                        f"{fault}, twice in the same place; look at the data there, or lower the rates"
+                        f"{fault}, for the third time in the same place; "
+                        "look at the data there, test the memory, or lower the rates"
                     ) from None
-                skip = sorted({*state.skip, state.drawn})
-                print(f"{fault}; going back to the last checkpoint and passing over that batch", flush=True)
                 saver.wait()
-                state.skip = skip
+                saver.keep = job.runtime.keep_checkpoints + 1  # the newest may be what is wrong
+                if times == 1:
+                    print(f"{fault}; going back to the last checkpoint", flush=True)
+                else:
+                    print(f"{fault}, again; passing over batch {fault.batch}", flush=True)
+                    state.skip = sorted({*state.skip, fault.batch})
+                    saver.discard(resumed_at)
                 if not saver.resume(state):  # to go on would repeat data on weights that have seen it
                     raise ValueError(
                         f"{fault}, and no checkpoint is whole to go back to; run it again, from step 0"
                     ) from None
+                resumed_at = state.step
                 if world.is_first:
                     rewind_metrics(job.path / "metrics.jsonl", state.step, keep=True)
 
 
 def _run(
-    job: Job,
+    job: Job[Any],
     world: World,
     state: TrainState,
     batches: Batches,
@@ -131,21 +149,27 @@ def _run(
         while True:
             if (
                 (job.runtime.save_steps and state.step % job.runtime.save_steps == 0)
-                or state.step in (0, steps)
+                or state.step in (0, steps, job.runtime.stop_step)
                 or any(hook.due(state.step, steps) for hook in hooks)
                 or world.any(time.monotonic() - saved > 60 * job.runtime.save_minutes)
             ):
                 state.cursor = place()
                 saver.save(state)
                 saved = time.monotonic()
+            if state.step == job.runtime.stop_step:
+                raise Interrupted
             for hook in hooks:
                 if hook.due(state.step, steps):
                     found = hook.action(state)
+                    for name, value in found.items():
+                        if isinstance(value, float) and not math.isfinite(value):
+                            raise Fault(f"{name} is {value} at step {state.step}", state.drawn - 1)
                     if world.is_first and found:
                         job.record(
                             step=state.step, steps=steps, **{k: v for k, v in found.items() if v is not None}
                         )
             if state.step >= steps:
+                saver.inspect(state)
                 return
             if world.any(stopping()):
                 state.cursor = place()
@@ -164,12 +188,13 @@ def _run(
             mine = runner.backward(batch, count)
             if runner.rows != rows:
                 keep_rows(job, world, runner.rows)
-            loss = world.sum(mine)[0]
-            grad_norm = state.optimizer.reduce()
+            loss, norms = world.sum(mine, state.optimizer.reduce())
+            grad_norm = norms / world.size  # all ranks must judge the same number
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise Fault(
                     f"batch {state.drawn} at step {state.step} gave a loss of {loss} "
-                    f"and a gradient of {grad_norm}"
+                    f"and a gradient of {grad_norm}",
+                    state.drawn,
                 )
             lr = schedule.lr(state.step, steps)
             if (
@@ -210,7 +235,7 @@ def _run(
 class _Runner:
     """Forward and backward of a batch in as many pieces as the device has room for."""
 
-    def __init__(self, job: Job, world: World, state: TrainState, compile: bool) -> None:
+    def __init__(self, job: Job[Any], world: World, state: TrainState, compile: bool) -> None:
         self.world = world
         self.runtime, self.compiled = job.runtime, compile
         self.rows = job.runtime.device_batch.get(
@@ -259,7 +284,7 @@ class _Runner:
         return float(torch.stack(losses).double().sum())
 
 
-def rows_path(job: Job, world: World) -> Path:
+def rows_path(job: Job[Any], world: World) -> Path:
     return job.path / "checkpoints" / f"rows_{world.rank}.json"
 
 
@@ -267,7 +292,7 @@ def device_name(world: World) -> str:
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
 
 
-def keep_rows(job: Job, world: World, rows: int) -> None:
+def keep_rows(job: Job[Any], world: World, rows: int) -> None:
     """Note how many rows fit, so that an attempt after this one neither runs out of memory nor compiles
     twice."""
     path = rows_path(job, world)
@@ -276,7 +301,7 @@ def keep_rows(job: Job, world: World, rows: int) -> None:
     store.write_json(path, {"device": device_name(world), "asked": asked, "rows": rows})
 
 
-def rows_that_fit(job: Job, world: World, asked: int) -> int:
+def rows_that_fit(job: Job[Any], world: World, asked: int) -> int:
     """The rows asked for (0: the whole batch), or the fewer that an earlier attempt found to fit this device.
     Who asks for more than that attempt did is given it."""
     path = rows_path(job, world)

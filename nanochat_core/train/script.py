@@ -94,7 +94,7 @@ def fit(
 
 
 @dataclass(frozen=True)
-class _ScriptJob(Job):
+class _ScriptJob(Job[Recipe]):
     """A job that also shows its rows to whoever called `fit`."""
 
     log: Log | None = None

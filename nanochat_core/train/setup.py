@@ -54,26 +54,26 @@ def byte_counts(tokenizer: Tokenizer, device: torch.device) -> torch.Tensor:
     return torch.tensor(tokenizer.token_bytes(), device=device)
 
 
-def leave(job: Job, world: World, state: TrainState, tokenizer: Tokenizer) -> None:
+def leave(job: Job[Any], world: World, state: TrainState, tokenizer: Tokenizer) -> None:
     """Write the finished model and what is needed to read it."""
     if world.is_first:
         write_config(job.path, state.model.config, tokenizer.fingerprint)
         save_model(job.path, state.model)
 
 
-def records(job: Job) -> list[dict[str, Any]]:
+def records(job: Job[Any]) -> list[dict[str, Any]]:
     """The stage's own metrics, in order; what a resumed stage knows of its beginning."""
     path = job.path / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def recorded(job: Job, key: str) -> list[float]:
+def recorded(job: Job[Any], key: str) -> list[float]:
     """One column of them."""
     return [row[key] for row in records(job) if key in row]
 
 
-def learned(job: Job, steps: int) -> Metrics:
+def learned(job: Job[Any], steps: int) -> Metrics:
     """What a stage's records say: validation at both ends, the last twentieth's loss, the median speed."""
     bpb, losses, speed = (recorded(job, key) for key in ("val_bpb", "loss", "tokens_per_s"))
     tail = losses[-max(1, steps // 20) :]

@@ -126,16 +126,15 @@ def test_status_reads_the_disk(toy: Toy) -> None:
 def test_a_model_is_found_by_stage_by_directory_and_by_default(toy: Toy, tmp_path: Path) -> None:
     made = toy.plan(until="sft")
     toy.make(made)
-    latest = {name: job.fingerprint for name, job in made.jobs.items()}
-    assert status.find_model(toy.base_dir, "mid", latest) == made.jobs["mid"].path
-    assert status.find_model(toy.base_dir, None, latest) == made.jobs["sft"].path
-    assert status.find_model(toy.base_dir, str(tmp_path), latest) == tmp_path
+    assert status.find_model(toy.base_dir, "mid") == made.jobs["mid"].path
+    assert status.find_model(toy.base_dir, None) == made.jobs["sft"].path
+    assert status.find_model(toy.base_dir, str(tmp_path)) == tmp_path
     with pytest.raises(ValueError, match="shards leaves no model to talk to; these do: sft, mid, pretrain"):
-        status.find_model(toy.base_dir, "shards", latest)
+        status.find_model(toy.base_dir, "shards")
     (made.jobs["sft"].path / "result.json").unlink()
-    assert status.find_model(toy.base_dir, None, latest) == made.jobs["mid"].path
+    assert status.find_model(toy.base_dir, None) == made.jobs["mid"].path
     with pytest.raises(ValueError, match="sft of the latest run is not finished"):
-        status.find_model(toy.base_dir, "sft", latest)
+        status.find_model(toy.base_dir, "sft")
 
 
 def test_a_forecast_scales_what_was_measured_and_knows_what_it_does_not(toy: Toy) -> None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from toys import PROFILE, TOY, Command, Toy
+from toys import PROFILE, Command, Toy
 
 P = str(PROFILE)
 TORCHLESS = "import sys; sys.modules['torch'] = None; sys.modules['prefect'] = None\n"
@@ -147,9 +147,28 @@ def test_one_stage_needs_neither_prefect_nor_torch(tmp_path: Path) -> None:
         + f"sys.argv = ['nanochat', 'stage', 'pretrain', {P!r}]\n"
         + "from nanochat_core.cli.main import main; main()"
     )
-    env = os.environ | {"PYTHONPATH": str(TOY), "NANOCHAT_BASE_DIR": str(tmp_path)}
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_stage_of_ones_own_is_named_on_the_command_line(
+    here: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "from nanochat_core.artifacts.stage import Recipe as Config\n"
+        "ROW = {'reads': {'text': 'shards'}, 'trains': 'mine'}\n"
+        "def run(cfg, job):\n    return {'documents': 3}\n"
+    )
+    own = ["--stage", "mine.py:mine"]
+    done = here("stage", "mine", P, *own)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"next: nanochat run {P} --stage {tmp_path}/mine.py:mine"
+    assert here("stage", "mine", P, *own).stderr == "cached     mine\n"
+    assert re.search("^mine +done", here("status").stdout, re.M)
+    assert re.search("^mine +ok$", here("verify", P, *own).stdout, re.M)
+    fails(here("plan", P, "--stage", "none.py:x"), 2, "none.py cannot be read")
 
 
 def test_a_stage_that_fails_leaves_one_line_its_log_and_the_way_on(here: Command, toy: Toy) -> None:

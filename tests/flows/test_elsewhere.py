@@ -1,13 +1,12 @@
 """`nanochat mirror` and `nanochat join` as a user meets them."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from toys import PROFILE, TOY, Command, Toy
+from toys import PROFILE, Command, Toy
 
 P = str(PROFILE)
 
@@ -74,9 +73,8 @@ def test_what_is_damaged_here_is_not_sent_and_that_is_said(here: Command, tmp_pa
 
 
 def test_joining_waits_for_a_call_and_ends_with_ctrl_c(tmp_path: Path) -> None:
-    env = os.environ | {"PYTHONPATH": str(TOY)}
     command = [sys.executable, "-m", "nanochat_core.cli.main", "join", "--base-dir", str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "waiting for a stage to be called" in process.stderr.readline()
         time.sleep(0.1)

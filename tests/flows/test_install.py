@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from toys import Command
 
 from nanochat_core.cli.options import usable
 from nanochat_core.machine import systemd
+from nanochat_core.machine.installed import module
 from nanochat_core.machine.systemd import Step
 
 
@@ -43,7 +43,7 @@ def test_the_unit_names_this_python_and_survives_all_it_can() -> None:
     text = systemd.unit(Path("/srv/base"), 4242, system=True, user="ada")
     (command,) = settings(text, "ExecStart")
     api = "http://127.0.0.1:4242/api"
-    assert shlex.split(command) == [sys.executable, "-m", "flows.services", "/srv/base", api, "4242"]
+    assert shlex.split(command) == module("flows.services", "/srv/base", api, "4242")
     assert settings(text, "User") == ["ada"] and settings(text, "WantedBy") == ["multi-user.target"]
     assert settings(text, "Restart") == ["always"] and settings(text, "StartLimitIntervalSec") == ["0"]
     assert settings(systemd.unit(Path("/b"), 1, system=False, user="ada"), "User") == []
@@ -140,9 +140,8 @@ def test_the_units_command_run_by_hand_brings_an_interrupted_run_back(tmp_path: 
     env |= dict(word.split("=", 1) for line in settings(text, "Environment") for word in shlex.split(line))
 
     def start() -> "subprocess.Popen[bytes]":
-        """As systemd does: the unit's command, directory and environment, and nothing of ours."""
-        (cwd,) = settings(text, "WorkingDirectory")
-        return subprocess.Popen(shlex.split(command), cwd=cwd, env=env, stdout=subprocess.DEVNULL)
+        """As systemd does: the unit's command and environment, in the user's home, and nothing of ours."""
+        return subprocess.Popen(shlex.split(command), cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)
 
     machine.base.mkdir()
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toys import PROFILE, TOY, Command
+from toys import PROFILE, Command
 
 P = str(PROFILE)
 
@@ -21,7 +21,6 @@ def env(prefect_home: Path, tmp_path: Path) -> dict[str, str]:
     return {
         "PREFECT_HOME": str(prefect_home),
         "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
-        "PYTHONPATH": str(TOY),
         "PREFECT_API_URL": "",
     }
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -30,6 +31,21 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 ROWS = ["shards", "pretrain", "base_loss", "mid", "sft", "sft_eval", "report"]
 
 
+OWN = """
+from nanochat_core.artifacts.stage import Recipe
+
+ROW = {"reads": {"model": "sft"}}
+
+
+class Config(Recipe):
+    pass
+
+
+def run(cfg, job):
+    return {"shine": 1}
+"""
+
+
 def run(toy: Toy, *overrides: str, **options: Any) -> State[Any]:
     state: State[Any] = speedrun(
         profile=str(PROFILE), overrides=overrides, base_dir=str(toy.base_dir), return_state=True, **options
@@ -43,21 +59,21 @@ def flow_run_of(state: State[Any]) -> FlowRun:
         return client.read_flow_run(state.state_details.flow_run_id)
 
 
-def task_runs(state: State[Any]) -> list[TaskRun]:
+def task_runs(state: State[Any], wanted: int = len(ROWS)) -> list[TaskRun]:
     """The flow run's task runs in order, once the server has heard of all of them."""
     found: list[TaskRun] = []
     only = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_of(state).id]))
     for _ in range(100):
         with get_client(sync_client=True) as client:
             found = client.read_task_runs(flow_run_filter=only)
-        if len(found) == len(ROWS) and all(task.state and task.state.is_final() for task in found):
+        if len(found) == wanted and all(task.state and task.state.is_final() for task in found):
             break
         time.sleep(0.1)
     return sorted(found, key=lambda task: task.expected_start_time or task.created or 0)
 
 
-def names(state: State[Any]) -> dict[str, str]:
-    return {task.name: task.state.name if task.state else "" for task in task_runs(state)}
+def names(state: State[Any], wanted: int = len(ROWS)) -> dict[str, str]:
+    return {task.name: task.state.name if task.state else "" for task in task_runs(state, wanted)}
 
 
 def artifacts(key: str) -> list[Artifact]:
@@ -113,6 +129,21 @@ def test_a_changed_recipe_runs_what_follows_only(toy: Toy) -> None:
     toy.make(toy.plan())
     state = run(toy, "sft.steps=3")
     assert {row for row, name in names(state).items() if name == "Completed"} == {"sft", "sft_eval", "report"}
+
+
+def test_a_stage_of_ones_own_has_a_task_run_of_its_name(toy: Toy, tmp_path: Path) -> None:
+    toy.make(toy.plan(until="sft"))
+    (tmp_path / "my_stage.py").write_text(OWN)
+    state = run(toy, f'profile.stages=["{tmp_path}/my_stage.py:polish"]', until="polish", rerun=["polish"])
+    assert state.result()["polish"] == {"shine": 1}
+    assert names(state, wanted=6)["polish"] == "Completed"
+
+
+def test_the_parameters_let_any_stage_be_named() -> None:
+    from prefect.utilities.callables import parameter_schema
+
+    schema = parameter_schema(speedrun.fn).model_dump()["properties"]
+    assert "enum" not in json.dumps([schema["until"], schema["rerun"]])
 
 
 def test_the_rerun_parameter_makes_a_stage_again(toy: Toy) -> None:

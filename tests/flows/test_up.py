@@ -20,6 +20,7 @@ from toys import PROFILE, Command, Toy
 from flows import server, services
 from flows.server import Supervisor
 from nanochat_core.artifacts import orphans, store
+from nanochat_core.machine.installed import deployment
 from nanochat_core.runner import plan
 from nanochat_core.runner.status import at_work
 
@@ -203,7 +204,7 @@ def test_deployments_of_our_own_server_name_the_base_directory(base: Path) -> No
     flows = yaml.safe_load(path.read_text())["deployments"]
     given = [one["parameters"]["base_dir"] for one in flows if one["entrypoint"].endswith("speedrun")]
     assert len(given) > 5 and set(given) == {str(base)}
-    assert services.deployments(None) == services.DEPLOYMENTS
+    assert services.deployments(None) == deployment("prefect.yaml")
 
 
 def test_up_does_not_join_the_server_of_another_base_directory(
