@@ -1,13 +1,18 @@
 """The examples run as they are, and the code that docs/using-the-library.md shows is theirs."""
 
+import json
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.launch import launch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -63,6 +68,16 @@ def test_a_task_is_learned_for_numbers_that_were_not_trained_on(run: Run) -> Non
     printed = run("add_a_task.py")
     assert "before: 0.00" in printed
     assert losses(re.search("after: .*", printed)[0])[0] > 0.9  # type: ignore[index]
+
+
+def test_a_stage_of_ones_own_leaves_its_artifact(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    own = f'profile.stages=["{EXAMPLES / "add_a_stage.py"}:longest_tokens"]'
+    made = plans.load("tiny", [own, "longest_tokens.count=3"], base_dir=tmp_path / "base")
+    launch(made, "longest_tokens")
+    job = made.jobs["longest_tokens"]
+    assert len((job.path / "longest.txt").read_text().splitlines()) == 3
+    assert json.loads((job.path / "result.json").read_text())["metrics"]["characters"] > 3
 
 
 def test_every_example_is_short() -> None:
