@@ -156,6 +156,7 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
             steps=steps,
             schedule=cfg.schedule(),
             grad_clip=cfg.grad_clip,
+            skip_spikes=cfg.skip_spikes,
             hooks=[Hook(cfg.eval_every, validate)],
             flops_per_token=flops_per_token(shape),
             compile=job.runtime.compile,

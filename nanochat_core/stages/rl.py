@@ -197,6 +197,7 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
                 steps=cfg.steps,
                 schedule=cfg.schedule(),
                 grad_clip=cfg.grad_clip,
+                skip_spikes=cfg.skip_spikes,
                 hooks=[Hook(cfg.eval_every, examine)],
             )
             if monitor is not None and monitor.why is not None:  # the last examination

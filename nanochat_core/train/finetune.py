@@ -64,6 +64,7 @@ def train_on_conversations(cfg: ChatTraining, job: Job[ChatTraining]) -> Metrics
             steps=steps,
             schedule=cfg.schedule(),
             grad_clip=cfg.grad_clip,
+            skip_spikes=cfg.skip_spikes,
             hooks=[Hook(cfg.eval_every, validate)],
             flops_per_token=flops_per_token(shape),
             compile=job.runtime.compile,

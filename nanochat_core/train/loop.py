@@ -24,10 +24,12 @@ from nanochat_core.machine.ranks import World
 from nanochat_core.optim.schedule import Schedule
 from nanochat_core.train.checkpoint import Fault, Saver, TrainState
 from nanochat_core.train.repeatable import repeatable
+from nanochat_core.train.spikes import WINDOW, spikes
 
 Batches = Callable[[TrainState], Iterator[Batch]]
 """Makes the stream of batches that follows a state's cursor; asked again after a fault sent the run back."""
 
+CHECK_SHARE = 0.01  # of the time, for looking whether bits flipped in memory: as many steps as that allows
 RECENT_STEPS = 50  # that the time left is reckoned from
 
 
@@ -50,6 +52,7 @@ def fit(
     steps: int,
     schedule: Schedule,
     grad_clip: float | None = None,
+    skip_spikes: float | None = None,
     hooks: Iterable[Hook] = (),
     flops_per_token: float = 0.0,
     compile: bool = False,
@@ -94,6 +97,7 @@ def fit(
                     steps,
                     schedule,
                     grad_clip,
+                    skip_spikes,
                     hooks,
                     flops_per_token,
                     saver,
@@ -134,6 +138,7 @@ def _run(
     steps: int,
     schedule: Schedule,
     grad_clip: float | None,
+    skip_spikes: float | None,
     hooks: tuple[Hook, ...],
     flops_per_token: float,
     saver: Saver,
@@ -141,7 +146,10 @@ def _run(
     stopping: Callable[[], bool],
 ) -> None:
     stream = batches(state)
-    saved = time.monotonic()
+    saved = started = time.monotonic()
+    checking, sealed = 0.0, True  # seconds; whether this step is checked
+    state.optimizer.zero_grad()
+    state.optimizer.seals.take()
     peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     pace: deque[float] = deque(maxlen=RECENT_STEPS)
     place: Callable[[], dict[str, object]] = lambda: state.cursor  # noqa: E731
@@ -183,12 +191,18 @@ def _run(
                 state.drawn += 1
                 batch = next(stream)
             count, tokens = world.sum(batch.count, batch.inputs.numel())
-            state.optimizer.zero_grad()
             rows = runner.rows
             mine = runner.backward(batch, count)
+            passes = -(-batch.inputs.size(0) // (runner.rows or batch.inputs.size(0)))
             if runner.rows != rows:
                 keep_rows(job, world, runner.rows)
-            loss, norms = world.sum(mine, state.optimizer.reduce())
+            looked = time.monotonic()
+            flips = [f"{name} changed in memory" for name in state.optimizer.seals.broken()]
+            if sealed:  # sealed as long as looked at; gradients once more for each pass
+                checking += (2 + passes) * (time.monotonic() - looked)
+            loss, norms, flipped = world.sum(mine, state.optimizer.reduce(), len(flips))
+            if flipped:
+                saver.refuse(flips, state.step, state.drawn)
             grad_norm = norms / world.size  # all ranks must judge the same number
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise Fault(
@@ -197,15 +211,22 @@ def _run(
                     state.drawn,
                 )
             lr = schedule.lr(state.step, steps)
-            if (
-                grad_norm > 0
-            ):  # rollouts may teach nothing: momentum alone would go on at full length, as Muon does
+            spike = False
+            if skip_spikes is not None:
+                spike = spikes(state.recent, (loss, grad_norm), skip_spikes)
+                state.recent = [*state.recent, (loss, grad_norm)][-WINDOW:]
+            # Rollouts may teach nothing: momentum alone would go on at full length, as Muon does.
+            if grad_norm > 0 and not spike:
                 state.optimizer.update(
                     lr=lr,
                     momentum=schedule.muon_momentum(state.step, steps),
                     weight_decay=schedule.weight_decay(state.step, steps),
                     grad_scale=min(1.0, grad_clip / (grad_norm + 1e-6)) if grad_clip else 1.0,
                 )
+            state.optimizer.zero_grad()
+            sealed = checking <= CHECK_SHARE * (time.monotonic() - started)
+            if sealed:
+                state.optimizer.seals.take()
             state.step += 1
             state.drawn += 1
             place = batch.cursor
@@ -215,6 +236,8 @@ def _run(
                 rate = flops_per_token * tokens / seconds
                 row: dict[str, float] = {"loss": loss, "lr": lr, "grad_norm": round(grad_norm, 6)}
                 row |= {"tokens_per_s": round(tokens / seconds, 1), "tflops": round(rate / 1e12, 5)}
+                if spike:
+                    row["skipped"] = 1
                 if peak:
                     row["mfu"] = round(rate / (peak * world.size), 4)
                 # The median: the first step compiles, and one in many waits for a disk.
