@@ -47,12 +47,12 @@ def test_a_release_sets_the_version_dates_the_changes_and_tags_them(release: Mod
     assert release.notes(git, "0.2.0") == "- It flies."
     assert said(git, "git", "log", "--format=%s %D", "-1").startswith("Release 0.2.0 HEAD")
     assert "- It flies." in said(git, "git", "tag", "--list", "-n9", "v0.2.0")
-    with pytest.raises(ValueError, match="no section with text for 0.1.0"):
+    with pytest.raises(ValueError, match=r"no section with text for 0\.1\.0"):
         release.notes(git, "0.1.0")
 
 
 def test_a_release_that_makes_no_sense_is_refused_and_changes_nothing(release: ModuleType, git: Path) -> None:
-    with pytest.raises(ValueError, match="write it like 0.2.0"):
+    with pytest.raises(ValueError, match=r"write it like 0\.2\.0"):
         release.cut(git, "v2", DAY)
     (git / "new").touch()
     with pytest.raises(ValueError, match="uncommitted changes"):
