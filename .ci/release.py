@@ -22,7 +22,7 @@ def current(root: Path) -> str:
 
 
 def sections(changelog: str) -> dict[str, str]:
-    """Version -> what its section says, newest first. Headings: `## 0.1.0 (2026-11-27)`, `## Unreleased`."""
+    """Version -> its section's text, newest first. Headings: `## 0.1.0 (2026-11-27)`, `## Unreleased`."""
     parts = re.split(r"^## (\S+).*\n", changelog, flags=re.M)[1:]
     return {name: text.strip() for name, text in zip(parts[::2], parts[1::2], strict=True)}
 
