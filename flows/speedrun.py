@@ -28,13 +28,13 @@ from nanochat_core.runner import plan as plans
 from nanochat_core.runner.exits import log_tail
 from nanochat_core.runner.launch import InputLost, StageFailed, insist, pending, result_of
 from nanochat_core.runner.plan import Plan
+from nanochat_core.runner.run_display import RunDisplay
 from nanochat_core.runner.sync import following
-from nanochat_core.runner.terminal import Terminal
 
 REPAIRS = 5  # of artefacts damaged while a run was on its way; more than that is a broken disk
 DEAR_SECONDS = 3600.0  # finished work that a changed recipe may leave unused unless it is accepted
 
-terminal: ContextVar[Terminal | None] = ContextVar("terminal", default=None)
+terminal: ContextVar[RunDisplay | None] = ContextVar("terminal", default=None)
 """Where a run started by hand shows its progress; a worker's has nobody to show it to."""
 
 request: ContextVar[str | None] = ContextVar("request", default=None)
@@ -221,7 +221,7 @@ def run_here(
     plan: Plan, overrides: Sequence[str], rerun: Sequence[str], until: str | None, token: str
 ) -> dict[str, Metrics]:
     """The flow in this process, seen at this terminal; its cost has been accepted."""
-    terminal.set(Terminal())
+    terminal.set(RunDisplay())
     request.set(token)
     try:
         result = speedrun(

@@ -97,8 +97,8 @@ def stage(
     from nanochat_core.runner.launch import StageFailed, launch, result_of
     from nanochat_core.runner.plan import explain, needed, remember
     from nanochat_core.runner.rendezvous import refuse_loopback
+    from nanochat_core.runner.run_display import RunDisplay
     from nanochat_core.runner.sync import following
-    from nanochat_core.runner.terminal import Terminal
 
     set_ = with_stages(set_, stage_)
     plan = load_plan(profile, set_, rerun, name, usable(base_dir))
@@ -109,7 +109,7 @@ def stage(
     guard_cost(plan, {row: verdicts[row] for row in rows}, yes)
     refuse_loopback(plan.runtime)
     remember(plan)
-    terminal, token = Terminal(), str(uuid.uuid4())
+    terminal, token = RunDisplay(), str(uuid.uuid4())
     again = f"nanochat stage {name} {profile}" + options(set_, None, None, base_dir)
     try:
         with following(plan, say) as copies:

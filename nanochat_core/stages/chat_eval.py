@@ -74,7 +74,7 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
             done = partial / f"{task.name.replace('/', '-')}.jsonl"
             if world.any(world.is_first and done.is_file()):
                 lines = done.read_text().splitlines() if world.is_first else []
-                found = [chat_tasks.Answer(**json.loads(line)) for line in lines]
+                found = [chat_tasks.GradedAnswer(**json.loads(line)) for line in lines]
             else:
                 share = chat_tasks.evaluate_task(
                     engine,

@@ -88,9 +88,9 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.tokenizer.bpe import load_tokenizer
     from nanochat_core.train.checkpoint import TrainState
-    from nanochat_core.train.collapse import Best, Collapsed, Limits, Monitor
+    from nanochat_core.train.collapse import Best, Collapsed, CollapseLimits, Monitor
     from nanochat_core.train.loop import Hook, fit
-    from nanochat_core.train.rollouts import Sampler, rollouts
+    from nanochat_core.train.rollouts import RolloutSampler, rollouts
     from nanochat_core.train.setup import leave, new_state, records, trained_model
 
     with ranks(job.runtime) as world:
@@ -101,9 +101,9 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
         whole = sliced(cfg.task)[0]  # a slice is of the training rows
         held_out = load_task(whole, "validation", size=cfg.eval_problems, assets=assets)
         state = new_state(model, cfg.rates(1), world)
-        sampler = Sampler(cfg.samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
-        examiner = Sampler(cfg.eval_samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
-        limits = Limits(
+        sampler = RolloutSampler(cfg.samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
+        examiner = RolloutSampler(cfg.eval_samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
+        limits = CollapseLimits(
             window=cfg.watch,
             questions=cfg.questions,
             problems=min(cfg.eval_problems, len(held_out)),

@@ -24,7 +24,7 @@ class Collapsed(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
+class CollapseLimits:
     """How far the mean of the last `window` steps may go, and the held-out reward of an examination."""
 
     window: int
@@ -47,7 +47,7 @@ class Monitor:
     """Looks at every step's answers and every examination, and says when to stop. What it knows is plain data
     and goes into the checkpoint, so that a resumed run stops where the other would have."""
 
-    def __init__(self, limits: Limits, start: Vitals) -> None:
+    def __init__(self, limits: CollapseLimits, start: Vitals) -> None:
         self.limits = limits
         self.start = start  # the examination at step 0
         self.best = self.best_examined = start.reward
@@ -64,7 +64,7 @@ class Monitor:
         }
 
     @classmethod
-    def restored(cls, limits: Limits, state: dict[str, Any]) -> "Monitor":
+    def restored(cls, limits: CollapseLimits, state: dict[str, Any]) -> "Monitor":
         monitor = cls(limits, Vitals(*state["start"]))
         monitor.best, monitor.best_examined = state["best"], state["best_examined"]
         monitor.recent.extend(Vitals(*vitals) for vitals in state["recent"])

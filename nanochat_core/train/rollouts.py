@@ -44,7 +44,7 @@ class Vitals(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sampler:
+class RolloutSampler:
     """How answers are drawn: so many of each question, each from its own seed."""
 
     samples: int
@@ -126,7 +126,7 @@ def rollouts(
     model: GPT,
     tokenizer: Tokenizer,
     task: Task,
-    sampler: Sampler,
+    sampler: RolloutSampler,
     *,
     questions: int,
     cursor: dict[str, Any],
