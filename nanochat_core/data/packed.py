@@ -98,7 +98,6 @@ class _Stream:
         self.shards, self.tokenizer, self.rank, self.size = shards, tokenizer, rank, size
         self.epochs, self.buffer_docs = epochs, buffer_docs
         self.reader = ShardReader()
-        self.first_row = np.concatenate([[0], np.cumsum([shard.rows for shard in shards])])
         self.epoch, self.shard, self.group, self.row = cursor.get("next", (0, 0, 0, 0))
         self.arrivals: int = cursor.get("arrivals", 0)
         self._cache: tuple[tuple[int, int], list[np.ndarray[Any, np.dtype[np.int64]]]] | None = None

@@ -20,10 +20,11 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
     from nanochat_core.artifacts.store import write_json
     from nanochat_core.data.packed import packed
     from nanochat_core.eval.bpb import bits_per_byte
+    from nanochat_core.infer.exported import trained_model
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.sources.documents import shard_list
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.setup import byte_counts, trained_model
+    from nanochat_core.train.setup import byte_counts
 
     with ranks(job.runtime) as world:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])

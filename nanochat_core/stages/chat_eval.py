@@ -53,9 +53,9 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
     from nanochat_core.data.tasks import load_task
     from nanochat_core.eval import chat_tasks
     from nanochat_core.infer.engine import Engine
+    from nanochat_core.infer.exported import trained_model
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.setup import trained_model
 
     partial, answers = job.path / "partial", job.path / "answers"
     partial.mkdir(exist_ok=True)

@@ -85,13 +85,14 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
     from nanochat_core.data.tasks import load_task, sliced
     from nanochat_core.eval.chat_tasks import pass_at, sizes
     from nanochat_core.infer.engine import Engine
+    from nanochat_core.infer.exported import trained_model
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.tokenizer.bpe import load_tokenizer
     from nanochat_core.train.checkpoint import TrainState
     from nanochat_core.train.collapse import Best, Collapsed, CollapseLimits, Monitor
     from nanochat_core.train.loop import Hook, fit
     from nanochat_core.train.rollouts import RolloutSampler, rollouts
-    from nanochat_core.train.setup import leave, new_state, records, trained_model
+    from nanochat_core.train.setup import leave, new_state, records
 
     with ranks(job.runtime) as world:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])

@@ -6,13 +6,14 @@ from nanochat_core.data.conversations import packed_conversations, tokens_per_ep
 from nanochat_core.data.mixture import load_mixture
 from nanochat_core.data.tasks import own_file
 from nanochat_core.eval.bpb import bits_per_byte
+from nanochat_core.infer.exported import trained_model
 from nanochat_core.machine.ranks import ranks
 from nanochat_core.model.flops import flops_per_token
 from nanochat_core.tokenizer.bpe import load_tokenizer
 from nanochat_core.train.checkpoint import TrainState
 from nanochat_core.train.config import ChatTraining, divides
 from nanochat_core.train.loop import Hook, fit
-from nanochat_core.train.setup import byte_counts, learned, leave, new_state, trained_model
+from nanochat_core.train.setup import byte_counts, learned, leave, new_state
 
 
 def train_on_conversations(cfg: ChatTraining, job: Job[ChatTraining]) -> Metrics:
