@@ -24,7 +24,6 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.sources.documents import shard_list
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.setup import byte_counts
 
     with ranks(job.runtime) as world:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])
@@ -39,9 +38,8 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
             metrics[f"{split}_bpb"] = bits_per_byte(
                 model.loss,
                 islice(batches, max(1, cfg.split_tokens // (rows * T))),
-                byte_counts(tokenizer, world.device),
-                device=world.device,
-                total=world.sum,
+                tokenizer.token_bytes(),
+                world,
             )
             job.record(step=i + 1, steps=2)
         # What follows is told of a change by an artefact's files, so the numbers are one.

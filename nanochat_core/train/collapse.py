@@ -5,15 +5,18 @@ import json
 import math
 import shutil
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from nanochat_core.artifacts import store
+from nanochat_core.data.batch import Batch
 from nanochat_core.model.gpt import GPT
-from nanochat_core.train.checkpoint import write_tensors
+from nanochat_core.train.checkpoint import TrainState, write_tensors
 from nanochat_core.train.rollouts import Vitals
 
 SIGMAS = 3.0  # standard errors by which a reward has to have fallen for the fall to be believed
@@ -156,3 +159,37 @@ class Best:
         for name, tensor in model.state_dict().items():
             tensor.copy_(weights[name])
         return kept
+
+
+class EarlyStopping:
+    """Ends a run with Collapsed if its evaluations or rollouts say so. Its state is part of the cursor."""
+
+    def __init__(self, limits: CollapseLimits, job_path: Path) -> None:
+        self.limits, self.best = limits, Best(job_path)
+        self.monitor: Monitor | None = None  # made by the evaluation at step 0, or restored from a checkpoint
+
+    def resume(self, state: TrainState) -> dict[str, Any]:
+        """The cursor of the rollouts to go on with."""
+        state.cursor = state.cursor.get("ranks", [state.cursor])[0]  # the same on every rank
+        known = state.cursor.get("monitor")
+        self.monitor = None if known is None else Monitor.restored(self.limits, known)
+        return state.cursor
+
+    def evaluated(self, step: int, vitals: Vitals) -> None:
+        if self.monitor is None or step == 0:
+            self.monitor = Monitor(self.limits, vitals)
+        else:
+            self.monitor.examined(vitals.reward)
+
+    def monitored(self, rollouts: Iterator[tuple[Batch, Vitals]]) -> Iterator[Batch]:
+        """The batches, each seen by the monitor first."""
+        for batch, vitals in rollouts:
+            assert self.monitor is not None  # hooks come before the first batch
+            self.monitor.see(vitals)
+            self.check()
+            cursor = partial(dict[str, Any], batch.cursor(), monitor=self.monitor.state())
+            yield replace(batch, cursor=cursor, notes=batch.notes | vitals._asdict())
+
+    def check(self) -> None:
+        if self.monitor is not None and self.monitor.why is not None:
+            raise Collapsed(self.monitor.why)

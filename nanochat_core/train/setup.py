@@ -5,8 +5,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT, write_config
@@ -26,10 +24,6 @@ def new_state(model: GPT, rates: Rates, world: World, groups: Sequence[Group] | 
         groups or parameter_groups(model, rates), rank=world.rank, size=world.size, dtype=world.dtype
     )
     return TrainState(model, optimizer, cursor={})
-
-
-def byte_counts(tokenizer: Tokenizer, device: torch.device) -> torch.Tensor:
-    return torch.tensor(tokenizer.token_bytes(), device=device)
 
 
 def leave(job: Job[Any], world: World, state: TrainState, tokenizer: Tokenizer) -> None:
