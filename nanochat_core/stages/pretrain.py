@@ -1,7 +1,7 @@
 """Pretraining: a GPT learns the next token of plain text, from nothing."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -118,7 +118,7 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
         model = GPT(shape).init_weights(cfg.seed)
         state = new_state(model, cfg.rates(batch, cfg.decay_scale(vocab)), world)
         shards = shard_list(job.inputs["text"])
-        packing = {"T": T, "rank": world.rank, "size": world.size}
+        packing: dict[str, Any] = {"T": T, "rank": world.rank, "size": world.size}
         train_supervised(
             cfg,
             job,

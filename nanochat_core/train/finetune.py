@@ -1,6 +1,7 @@
 """Training on conversations: what midtraining and SFT share, which is everything but their numbers."""
 
 from functools import partial
+from typing import Any
 
 from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.data.conversations import packed_conversations, tokens_per_epoch
@@ -27,7 +28,7 @@ def train_on_conversations(cfg: ChatTraining, job: Job[ChatTraining]) -> Metrics
         mixture = load_mixture(cfg.rows(), "train", assets=assets, seed=cfg.seed, order=cfg.order)
         held_out = load_mixture(cfg.held_out(), "validation", assets=assets, seed=cfg.seed)
         steps = cfg.steps or max(1, round(tokens_per_epoch(mixture, tokenizer, T) / cfg.total_batch))
-        packing = {"T": T, "loss_on": cfg.loss_on, "rank": world.rank, "size": world.size}
+        packing: dict[str, Any] = {"T": T, "loss_on": cfg.loss_on, "rank": world.rank, "size": world.size}
         train_supervised(
             cfg,
             job,
