@@ -45,7 +45,7 @@ def background(made: plan.Plan, base_dir: Path, *overrides: str) -> "subprocess.
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
 
 
-def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it did not happen"
@@ -157,14 +157,24 @@ def test_a_stage_does_not_outlive_a_parent_that_is_killed(toy: Toy, undisturbed:
 
 
 def test_two_at_once_write_a_directory_once(toy: Toy, undisturbed: str) -> None:
-    slower = ("pretrain.steps=30", "pretrain.pause=0.1")  # the second has to start meanwhile
-    made = toy.plan(*slower)
+    made = toy.plan(*SLOW)
     toy.make(made, "shards")
     job = made.jobs["pretrain"]
-    other = background(made, toy.base_dir, *slower)
-    until(lambda: started(job.path))
+    other = background(made, toy.base_dir, *SLOW)
+    first = until(lambda: started(job.path))
+    os.kill(first, signal.SIGSTOP)  # so that the second has time to start
+
+    def go_on() -> None:
+        try:
+            until(lambda: "waiting for it" in (job.path / "log.txt").read_text())
+        finally:
+            os.kill(first, signal.SIGCONT)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
     launch(made, "pretrain")
-    assert other.wait(20) == 0
+    thread.join()
+    assert other.wait(60) == 0
     assert toy.starts(made, "pretrain") == ["0"]
     assert weights(made, "pretrain") == undisturbed
     assert "waiting for it" in (job.path / "log.txt").read_text()
