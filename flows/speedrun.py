@@ -19,7 +19,7 @@ from flows.examine import examine
 from flows.recovery import default_base_dir, present
 from flows.report_page import publish_report
 from flows.watch import Cancellation, Watch
-from nanochat_core.artifacts.progress import Row, span
+from nanochat_core.artifacts.progress import Row
 from nanochat_core.artifacts.stage import Interrupted, Metrics
 from nanochat_core.pipeline import STAGES
 from nanochat_core.report.headline import headline
@@ -28,13 +28,12 @@ from nanochat_core.runner import plan as plans
 from nanochat_core.runner.exits import log_tail
 from nanochat_core.runner.launch import InputLost, StageFailed, insist, pending, result_of
 from nanochat_core.runner.plan import Plan
+from nanochat_core.runner.run_display import RunDisplay
 from nanochat_core.runner.sync import following
-from nanochat_core.runner.terminal import Terminal
 
 REPAIRS = 5  # of artefacts damaged while a run was on its way; more than that is a broken disk
-DEAR_SECONDS = 3600.0  # finished work that a changed recipe may leave unused unless it is accepted
 
-terminal: ContextVar[Terminal | None] = ContextVar("terminal", default=None)
+terminal: ContextVar[RunDisplay | None] = ContextVar("terminal", default=None)
 """Where a run started by hand shows its progress; a worker's has nobody to show it to."""
 
 request: ContextVar[str | None] = ContextVar("request", default=None)
@@ -106,7 +105,9 @@ def train(
     plan = plans.load(profile, overrides, base_dir=root, rerun=rerun, until=until)
     token = request.get() or str(runtime.flow_run.id)
     verdicts = plans.explain(plan)
-    refuse_cost(plan, verdicts, token, accept_cost)
+    lost = plans.costly_reruns(plan, verdicts, [name for name in plan.jobs if pending(plan, name, token)])
+    if lost and not accept_cost:
+        raise CostRefused(f"{'; '.join(lost)}. Set accept_cost if that is meant")
     rendezvous.refuse_loopback(plan.runtime)
     plans.remember(plan)
     log, screen = get_run_logger(), terminal.get()
@@ -205,23 +206,11 @@ def record(plan: Plan, name: str, metrics: Metrics) -> dict[str, Any]:
     }
 
 
-def refuse_cost(plan: Plan, verdicts: dict[str, plans.Verdict], token: str, accepted: bool) -> None:
-    lost = {row: s for row, s in plans.wasted(plan, verdicts).items() if pending(plan, row, token)}
-    if accepted or sum(lost.values()) <= DEAR_SECONDS:
-        return
-    each = "; ".join(
-        f"{row} runs again ({verdicts[row].why}), {span(s)} go unused" for row, s in lost.items()
-    )
-    raise CostRefused(
-        f"{each}. Set accept_cost if that is meant; the old artefacts stay in {plan.runtime.base_dir}"
-    )
-
-
 def run_here(
     plan: Plan, overrides: Sequence[str], rerun: Sequence[str], until: str | None, token: str
 ) -> dict[str, Metrics]:
     """The flow in this process, seen at this terminal; its cost has been accepted."""
-    terminal.set(Terminal())
+    terminal.set(RunDisplay())
     request.set(token)
     try:
         result = speedrun(

@@ -217,3 +217,21 @@ def test_a_stage_named_in_any_way_is_found(line: str) -> None:
 @pytest.mark.parametrize("line", ['f(key="report")', 'job.inputs["assets"]', 'x = {"report": 1}'])
 def test_a_role_or_key_of_the_same_name_is_none(line: str) -> None:
     assert list(stage_names_in(line, {"sft", "report", "assets"})) == []
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """But `Config`: every stage's module has one, as `run` it is how the table calls it."""
+    places: dict[str, list[str]] = {}
+    for path in sources("nanochat_core", "flows"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and (node.name != "Config" or path.parent.name != "stages"):
+                places.setdefault(node.name, []).append(shown(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_a_file_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sources("nanochat_core", "flows"):
+        if not path.stem.startswith("__"):
+            places.setdefault(path.stem, []).append(shown(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}

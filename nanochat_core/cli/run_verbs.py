@@ -3,7 +3,7 @@
 import sys
 import uuid
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -25,11 +25,7 @@ from nanochat_core.cli.options import (
     with_stages,
 )
 
-if TYPE_CHECKING:
-    from nanochat_core.runner.plan import Plan, Verdict
-
 INTERRUPTED = 130
-DEAR_SECONDS = 3600.0  # finished training that a changed recipe may leave unused without a question
 
 
 def run(
@@ -45,14 +41,14 @@ def run(
     from flows import server
     from nanochat_core.artifacts.stage import Interrupted
     from nanochat_core.runner.launch import StageFailed, made_by
-    from nanochat_core.runner.plan import explain, remember
+    from nanochat_core.runner.plan import costly_reruns, explain, remember
     from nanochat_core.runner.rendezvous import refuse_loopback
     from nanochat_core.runner.sync import following
 
     set_ = with_stages(set_, stage_)
     plan = load_plan(profile, set_, rerun, until, usable(base_dir))
     verdicts = explain(plan)
-    guard_cost(plan, verdicts, yes)
+    confirm_cost(costly_reruns(plan, verdicts, plan.jobs), yes)
     refuse_loopback(plan.runtime)
     token = str(uuid.uuid4())
     try:
@@ -95,10 +91,10 @@ def stage(
     """Run one stage without Prefect; what it reads and is not there is made first."""
     from nanochat_core.artifacts.stage import Interrupted
     from nanochat_core.runner.launch import StageFailed, launch, result_of
-    from nanochat_core.runner.plan import explain, needed, remember
+    from nanochat_core.runner.plan import costly_reruns, explain, needed, remember
     from nanochat_core.runner.rendezvous import refuse_loopback
+    from nanochat_core.runner.run_display import RunDisplay
     from nanochat_core.runner.sync import following
-    from nanochat_core.runner.terminal import Terminal
 
     set_ = with_stages(set_, stage_)
     plan = load_plan(profile, set_, rerun, name, usable(base_dir))
@@ -106,10 +102,10 @@ def stage(
         raise ValueError(f"there is no {name} to run: {plan.left_out[name]}")
     verdicts = explain(plan)
     rows = needed(plan, name, verdicts)
-    guard_cost(plan, {row: verdicts[row] for row in rows}, yes)
+    confirm_cost(costly_reruns(plan, verdicts, rows), yes)
     refuse_loopback(plan.runtime)
     remember(plan)
-    terminal, token = Terminal(), str(uuid.uuid4())
+    terminal, token = RunDisplay(), str(uuid.uuid4())
     again = f"nanochat stage {name} {profile}" + options(set_, None, None, base_dir)
     try:
         with following(plan, say) as copies:
@@ -126,18 +122,11 @@ def stage(
     say(f"next: {command('run', profile, set_, None, None, base_dir)}", out=sys.stdout)
 
 
-def guard_cost(plan: "Plan", verdicts: "dict[str, Verdict]", yes: bool) -> None:
+def confirm_cost(lost: list[str], yes: bool) -> None:
     """Before hours of finished training go unused: say so, and ask."""
-    from nanochat_core.artifacts.progress import span
-    from nanochat_core.runner.plan import wasted
-
-    lost = {name: seconds for name, seconds in wasted(plan, verdicts).items() if name in verdicts}
-    if sum(lost.values()) <= DEAR_SECONDS:
-        return
-    for name, seconds in lost.items():
-        say(f"{name} runs again: {verdicts[name].why}; {span(seconds)} of work stay in "
-            f"{plan.runtime.base_dir / name} but are not used")  # fmt: skip
-    if yes:
+    for line in lost:
+        say(line)
+    if yes or not lost:
         return
     if not sys.stdin.isatty():
         raise ValueError("that is more than an hour of finished work; say --yes if it is meant")

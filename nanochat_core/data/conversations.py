@@ -30,7 +30,7 @@ class _Rendered(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cursor:
+class ConversationCursor:
     """The next conversation to read, and those read but not yet used."""
 
     next: int
@@ -110,7 +110,9 @@ def packed_conversations(
         if not filled:
             return
         active = (targets >= 0).float()
-        yield Batch(inputs, targets, active, float(active.sum()), Cursor(following, tuple(buffer)))
+        yield Batch(
+            inputs, targets, active, float(active.sum()), ConversationCursor(following, tuple(buffer))
+        )
 
 
 def tokens_per_epoch(conversations: Conversations, tokenizer: Tokenizer, T: int, sample: int = 2000) -> float:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from nanochat_core.data.batch import Batch
-from nanochat_core.sources.documents import Reader, Shard, Texts
+from nanochat_core.sources.documents import Shard, ShardReader, Texts
 from nanochat_core.tokenizer.bpe import Tokenizer
 
 BUFFER_DOCS = 1000  # documents to choose from
 
 
-class Piece(NamedTuple):
+class BufferedDocument(NamedTuple):
     """A document, or what is left of one, in the buffer."""
 
     length: int  # with its <|bos|>
@@ -73,7 +73,7 @@ def packed(
             yield Batch(tokens[:, :-1].contiguous(), targets, learned.float(), float(count), stream.cursor())
 
 
-def by_length(piece: Piece) -> tuple[int, int]:
+def by_length(piece: BufferedDocument) -> tuple[int, int]:
     return piece.length, piece.arrival
 
 
@@ -97,14 +97,13 @@ class _Stream:
             )
         self.shards, self.tokenizer, self.rank, self.size = shards, tokenizer, rank, size
         self.epochs, self.buffer_docs = epochs, buffer_docs
-        self.reader = Reader()
-        self.first_row = np.concatenate([[0], np.cumsum([shard.rows for shard in shards])])
+        self.reader = ShardReader()
         self.epoch, self.shard, self.group, self.row = cursor.get("next", (0, 0, 0, 0))
         self.arrivals: int = cursor.get("arrivals", 0)
         self._cache: tuple[tuple[int, int], list[np.ndarray[Any, np.dtype[np.int64]]]] | None = None
         self.barren = 0  # row groups read in a row that held nothing for this rank
-        self.buffer: list[Piece] = []  # by length
-        self.by_arrival: dict[int, Piece] = {}  # the same; a piece's rest keeps the piece's place
+        self.buffer: list[BufferedDocument] = []  # by length
+        self.by_arrival: dict[int, BufferedDocument] = {}  # the same; a piece's rest keeps the piece's place
         found = []
         for arrival, *place in cursor.get("buffer", []):
             shard, group, row, used = place
@@ -154,7 +153,7 @@ class _Stream:
     # Packing.
 
     def _put(self, arrival: int, place: tuple[int, int, int, int], tokens: np.ndarray[Any, Any]) -> None:
-        piece = Piece(len(tokens) + 1, arrival, place, tokens)
+        piece = BufferedDocument(len(tokens) + 1, arrival, place, tokens)
         bisect.insort(self.buffer, piece, key=by_length)
         self.by_arrival[arrival] = piece
 
@@ -184,8 +183,8 @@ class _Stream:
                 del self.by_arrival[piece.arrival]
         return at
 
-    def cursor(self) -> "Cursor":
-        return Cursor(self.at(), self.arrivals, tuple(self.buffer))
+    def cursor(self) -> "DocumentCursor":
+        return DocumentCursor(self.at(), self.arrivals, tuple(self.buffer))
 
 
 def divided(others: Sequence[_Stream], rank: int, size: int) -> dict[str, Any]:
@@ -202,12 +201,12 @@ def divided(others: Sequence[_Stream], rank: int, size: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Cursor:
+class DocumentCursor:
     """A snapshot of the packer; its JSON names the buffered documents instead of holding their text."""
 
     next: tuple[int, int, int, int]
     arrivals: int
-    buffer: tuple[Piece, ...]
+    buffer: tuple[BufferedDocument, ...]
 
     def __call__(self) -> dict[str, Any]:
         in_reading_order = sorted(self.buffer, key=lambda p: p.place)

@@ -36,7 +36,7 @@ from nanochat_core.model.shape import GPTConfig
 EXACT = 32  # rows up to which a product is made for just so many; above, for a multiple of it
 
 
-class Piece(NamedTuple):
+class PromptChunk(NamedTuple):
     """Tokens of one prompt that are read in one pass: cache row, position of the first, how many."""
 
     row: int
@@ -103,7 +103,7 @@ class _Norm:
 class Decoder:
     """A model and the keys and values of what it has read, `rows` sequences of at most `capacity` tokens.
 
-    Its own forms of the norm and the rotation, and its cache, are compared with the model's when the first
+    Its own forms of norm and rotation, and its cache, are compared with the model's when the first
     decoder is built.
     """
 
@@ -192,7 +192,7 @@ class Decoder:
         tokens: Sequence[int],
         before: Sequence[int],
         positions: Sequence[int],
-        pieces: Sequence[Piece],
+        pieces: Sequence[PromptChunk],
         wanted: Sequence[int] | None,
     ) -> Tensor:
         """Read one token of each running row (rows 0, 1, ...), then the pieces, all in one list.
@@ -234,7 +234,7 @@ class _View:
     """Where the tokens of one pass go in the cache, and what each of them may see there."""
 
     def __init__(
-        self, decoder: Decoder, at: Tensor, positions: Sequence[int], pieces: Sequence[Piece]
+        self, decoder: Decoder, at: Tensor, positions: Sequence[int], pieces: Sequence[PromptChunk]
     ) -> None:
         self.pieces = pieces
         self.running = n = len(positions) - sum(piece.size for piece in pieces)
@@ -286,7 +286,7 @@ class _View:
             self._seen[window] = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
         return self._seen[window]
 
-    def _piece_seen(self, piece: Piece, window: int, low: int) -> Tensor:
+    def _piece_seen(self, piece: PromptChunk, window: int, low: int) -> Tensor:
         """(1, T, S): a token of a prompt sees those before it, as far as the window reaches."""
         if (piece, window) not in self._seen:
             s = torch.arange(low, piece.start + piece.size, device=self._at.device)
@@ -347,7 +347,7 @@ def compare_with_model(arch: Literal["seed", "modern"], device: torch.device) ->
     ids = torch.randint(config.vocab_size, (9,), generator=rng).tolist()
     wanted["logits"] = model(torch.tensor([ids], device=device))[0]
     for start, stop in ((0, 5), (5, 8), (8, 9)):  # a prompt, its rest, and a token of a running row
-        pieces = [Piece(0, start, stop - start)] if stop < len(ids) else []
+        pieces = [PromptChunk(0, start, stop - start)] if stop < len(ids) else []
         logits = decoder.read(ids[start:stop], [-1, *ids][start:stop], range(start, stop), pieces, None)
         found.setdefault("logits", []).append(softcap(logits))
     wanted["softcap"] = softcap(logits * 9)

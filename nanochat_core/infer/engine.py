@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat_core.infer.decoder import Decoder, Piece
+from nanochat_core.infer.decoder import Decoder, PromptChunk
 from nanochat_core.infer.sampling import Sampler, Sampling, uniforms
 from nanochat_core.infer.tool_use import ToolCalls
 from nanochat_core.model.gpt import GPT
@@ -247,16 +247,16 @@ class Engine:
         if any(request.cancelled for request in self._queue):
             self._queue = deque(request for request in self._queue if not request.cancelled)
 
-    def _plan(self) -> list[Piece]:
+    def _plan(self) -> list[PromptChunk]:
         """What is read of the newcomers' prompts in this pass: the first come first."""
         budget = self._chunks[1 if self._rows else 0]
-        pieces: list[Piece] = []
+        pieces: list[PromptChunk] = []
 
         def read_on(reading: _Reading) -> None:
             nonlocal budget
             request = reading.request
             count = min(budget, len(request.prompt) - request.read)
-            pieces.append(Piece(reading.row, request.read, count))
+            pieces.append(PromptChunk(reading.row, request.read, count))
             budget -= count
 
         for reading in self._reading:

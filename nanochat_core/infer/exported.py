@@ -65,8 +65,8 @@ def export(
     if is_exported(model_directory):
         model, tokenizer = load_exported(model_directory)
     else:
-        model, tokenizer = load_model(model_directory), load_tokenizer(tokenizer_directory)
-        check_tokenizer(model_directory, read_config(model_directory)[1], tokenizer)
+        tokenizer = load_tokenizer(tokenizer_directory)
+        model = trained_model(model_directory, tokenizer)
     save(model, tokenizer, target, dtype=dtype, results=results, name=name)
     return model.num_params()
 
@@ -154,9 +154,7 @@ def load_exported(directory: Path) -> tuple[GPT, Tokenizer]:
     tokenizer = load_tokenizer(directory)
     described = json.loads((directory / "config.json").read_text())
     if OURS not in described:
-        _, fingerprint = read_config(directory)
-        check_tokenizer(directory, fingerprint, tokenizer)
-        return load_model(directory), tokenizer
+        return trained_model(directory, tokenizer), tokenizer
     fields = dict(described[OURS])
     check_tokenizer(directory, fields.pop("tokenizer_fingerprint"), tokenizer)
     config = GPTConfig(**fields)
@@ -166,6 +164,12 @@ def load_exported(directory: Path) -> tuple[GPT, Tokenizer]:
     weights: dict[str, Tensor] = {ours: theirs[key] for ours, key in _names(config)}
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def trained_model(directory: Path, tokenizer: Tokenizer) -> GPT:
+    """The model that a stage has left, if it was trained with this tokenizer."""
+    check_tokenizer(directory, read_config(directory)[1], tokenizer)
+    return load_model(directory)
 
 
 def is_exported(directory: Path) -> bool:

@@ -17,7 +17,7 @@ SYSTEM = Path("/etc/systemd/system")
 ORDER = "Wants=network-online.target\nAfter=network-online.target time-sync.target"
 
 
-class Step(NamedTuple):
+class InstallStep(NamedTuple):
     """A file to write, or a command to run."""
 
     why: str
@@ -48,31 +48,35 @@ def unit(base_dir: Path, port: int, *, system: bool, user: str) -> str:
     return text
 
 
-def steps(base_dir: Path, port: int, *, system: bool, user: str) -> list[Step]:
+def steps(base_dir: Path, port: int, *, system: bool, user: str) -> list[InstallStep]:
     """What an installation does, in order."""
     config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     folder = SYSTEM if system else config / "systemd" / "user"
     control = ("systemctl",) if system else ("systemctl", "--user")
     up = tuple(module("nanochat_core", "up", "--base-dir", str(base_dir), "--port", str(port)))
     found = [
-        Step("the unit", folder / "nanochat.service", unit(base_dir, port, system=system, user=user)),
-        Step("systemd reads it", command=(*control, "daemon-reload")),
+        InstallStep("the unit", folder / "nanochat.service", unit(base_dir, port, system=system, user=user)),
+        InstallStep("systemd reads it", command=(*control, "daemon-reload")),
     ]
     if system:
-        found.append(Step("the machine does not go to sleep", command=("systemctl", "mask", *SLEEP)))
+        found.append(InstallStep("the machine does not go to sleep", command=("systemctl", "mask", *SLEEP)))
         up = ("runuser", "-u", user, "--", *up)
     else:
         found.append(
-            Step("it starts at boot, before anybody logs in", command=("loginctl", "enable-linger", user))
+            InstallStep(
+                "it starts at boot, before anybody logs in", command=("loginctl", "enable-linger", user)
+            )
         )
     found.append(
-        Step("it starts now, and at every boot", command=(*control, "enable", "--now", "nanochat.service"))
+        InstallStep(
+            "it starts now, and at every boot", command=(*control, "enable", "--now", "nanochat.service")
+        )
     )
-    found.append(Step("a deployment for each profile", command=up))
+    found.append(InstallStep("a deployment for each profile", command=up))
     return found
 
 
-def show(found: Sequence[Step], say: Callable[[str], object]) -> None:
+def show(found: Sequence[InstallStep], say: Callable[[str], object]) -> None:
     for step in found:
         say(f"# {step.why}")
         if step.path is not None:
@@ -83,7 +87,7 @@ def show(found: Sequence[Step], say: Callable[[str], object]) -> None:
             say(shlex.join(step.command))
 
 
-def install(found: Sequence[Step], say: Callable[[str], object]) -> None:
+def install(found: Sequence[InstallStep], say: Callable[[str], object]) -> None:
     """Do each step, shown as it is done; the first that fails ends it, with what it said."""
     for step in found:
         show([step], say)

@@ -8,7 +8,7 @@ from nanochat_core.artifacts.progress import count, span
 from nanochat_core.artifacts.stage import Metrics, Stage
 from nanochat_core.report.curves import curve_svg, read_rows
 from nanochat_core.report.effort import effort_blocks, when, whole
-from nanochat_core.report.pages import Block, Curve, Quote, Report, Table, Text, number, signed
+from nanochat_core.report.pages import Block, Curve, Quote, Report, ReportTable, Text, number, signed
 from nanochat_core.report.published import D20, core_name
 from nanochat_core.report.rows import Finished, read_finished, read_lines
 
@@ -124,7 +124,7 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
     ]
     if lines:
         noisy = any("±" in cell for line in lines for cell in line)
-        blocks.append(Table(["stage", "measure", "before", "after", "change"], lines, names=2))
+        blocks.append(ReportTable(["stage", "measure", "before", "after", "change"], lines, names=2))
         noise = " What follows ± is the standard error over the problems asked." if noisy else ""
         blocks.append(Text(f"Of bits per byte and loss less is better, of everything else more.{noise}"))
     if others:
@@ -171,7 +171,7 @@ def task_table(metrics: Metrics) -> list[Block]:
         gain = signed(known[-1] - known[0]) if len(known) > 1 and same else ""
         if known:
             lines.append([measure(task, metrics), *(number(value) for value in values), gain])
-    return [Table(["task", *(model.upper() for model in models), "gain"], lines)] if lines else []
+    return [ReportTable(["task", *(model.upper() for model in models), "gain"], lines)] if lines else []
 
 
 def published_blocks(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
@@ -194,7 +194,7 @@ def published_blocks(rows: Mapping[str, Finished], metrics: Metrics) -> list[Blo
         "One recipe spreads over .0165 of CORE from run to run; bits per byte compare only on the "
         "same text; ChatCORE only over the same six tasks."
     )
-    return [Table(["", "this run", *(run.what for run in D20)], lines), Text(note)] if lines else []
+    return [ReportTable(["", "this run", *(run.what for run in D20)], lines), Text(note)] if lines else []
 
 
 def core_table(rows: Mapping[str, Finished]) -> list[Block]:
@@ -210,7 +210,7 @@ def core_table(rows: Mapping[str, Finished]) -> list[Block]:
         if isinstance(value, int | float) and not key.endswith("_accuracy")
     ]
     note = "The score is the accuracy, centred so that guessing is 0 and always being right is 1."
-    return [Table(["task", "accuracy", "score"], lines), Text(note)] if lines else []
+    return [ReportTable(["task", "accuracy", "score"], lines), Text(note)] if lines else []
 
 
 def sample_quotes(rows: Mapping[str, Finished], most: int) -> list[Block]:
@@ -265,7 +265,7 @@ def provenance_blocks(rows: Mapping[str, Finished]) -> list[Block]:
     facts["profile"] = {str(first.job.get("profile", "")): None}
     facts["runtime"] = {" ".join(f"{key}={value}" for key, value in runtime.items()): None}
     blocks: list[Block] = [
-        Table(["", ""], [[key, "; ".join(values)] for key, values in facts.items()], words=1)
+        ReportTable(["", ""], [[key, "; ".join(values)] for key, values in facts.items()], words=1)
     ]
     if len(facts.get("code", {})) > 1:
         blocks.append(

@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -11,11 +11,13 @@ from pydantic import ValidationError
 
 from nanochat_core.artifacts import mirror, store
 from nanochat_core.artifacts.planned import Planned
+from nanochat_core.artifacts.progress import span
 from nanochat_core.artifacts.stage import Job, Recipe, Runtime, fingerprint
 from nanochat_core.runner.table import Table, UsageError, load_table, located, unknown
 
 M = TypeVar("M", Recipe, Runtime)
 PROFILES = Path(__file__).parents[1] / "profiles"
+COSTLY_SECONDS = 3600.0  # finished work that a changed recipe may leave unused unless that is confirmed
 
 
 @dataclass(frozen=True)
@@ -353,6 +355,18 @@ def wasted(plan: Plan, verdicts: Mapping[str, Verdict]) -> dict[str, float]:
         if result is not None:
             lost[name] = float(result["seconds"])
     return lost
+
+
+def costly_reruns(plan: Plan, verdicts: Mapping[str, Verdict], stages: Collection[str]) -> list[str]:
+    """What these stages of a plan would leave unused, a sentence each, if it is more than an hour of work."""
+    lost = {name: seconds for name, seconds in wasted(plan, verdicts).items() if name in stages}
+    if sum(lost.values()) <= COSTLY_SECONDS:
+        return []
+    return [
+        f"{name} runs again: {verdicts[name].why}; {span(seconds)} of work stay in "
+        f"{plan.runtime.base_dir / name} but are not used"
+        for name, seconds in lost.items()
+    ]
 
 
 # Reading profiles and overrides.

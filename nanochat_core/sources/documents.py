@@ -65,7 +65,7 @@ def row_group(source: Path | bytes, index: int) -> list[str]:
     return [text for text in texts if text and not text.isspace()]
 
 
-class Reader:
+class ShardReader:
     """Row groups of shards whose bytes are those that were listed. The shard being read is kept in memory
     (100 MB of the usual data sets), so that what was hashed and what is read are the same bytes."""
 
@@ -89,7 +89,7 @@ class Reader:
 
 def texts(directory: Path, split: Split) -> Iterator[str]:
     """Every document of a split, in the order of the shards."""
-    shards, reader = shard_list(directory), Reader()
+    shards, reader = shard_list(directory), ShardReader()
     for shard in shards.train if split == "train" else shards.validation:
         for index in range(shard.row_groups):
             yield from reader.row_group(shard, index)

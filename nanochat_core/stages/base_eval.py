@@ -24,10 +24,10 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Evaluate each task, keep its answers, and add up what they come to."""
     from nanochat_core.artifacts.store import write_whole
     from nanochat_core.eval import core
+    from nanochat_core.infer.exported import trained_model
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.stages.assets import BUNDLE
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.setup import trained_model
 
     partial, answers = job.path / "partial", job.path / "answers"
     partial.mkdir(exist_ok=True)

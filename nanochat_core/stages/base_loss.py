@@ -20,10 +20,10 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
     from nanochat_core.artifacts.store import write_json
     from nanochat_core.data.packed import packed
     from nanochat_core.eval.bpb import bits_per_byte
+    from nanochat_core.infer.exported import trained_model
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.sources.documents import shard_list
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.setup import byte_counts, trained_model
 
     with ranks(job.runtime) as world:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])
@@ -38,9 +38,8 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
             metrics[f"{split}_bpb"] = bits_per_byte(
                 model.loss,
                 islice(batches, max(1, cfg.split_tokens // (rows * T))),
-                byte_counts(tokenizer, world.device),
-                device=world.device,
-                total=world.sum,
+                tokenizer.token_bytes(),
+                world,
             )
             job.record(step=i + 1, steps=2)
         # What follows is told of a change by an artefact's files, so the numbers are one.

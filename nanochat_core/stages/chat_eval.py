@@ -53,9 +53,9 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
     from nanochat_core.data.tasks import load_task
     from nanochat_core.eval import chat_tasks
     from nanochat_core.infer.engine import Engine
+    from nanochat_core.infer.exported import trained_model
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.setup import trained_model
 
     partial, answers = job.path / "partial", job.path / "answers"
     partial.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
             done = partial / f"{task.name.replace('/', '-')}.jsonl"
             if world.any(world.is_first and done.is_file()):
                 lines = done.read_text().splitlines() if world.is_first else []
-                found = [chat_tasks.Answer(**json.loads(line)) for line in lines]
+                found = [chat_tasks.GradedAnswer(**json.loads(line)) for line in lines]
             else:
                 share = chat_tasks.evaluate_task(
                     engine,

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -67,7 +68,6 @@ def fit(
     machine's and do not come again. One that does is met by passing over its batch, from one checkpoint
     further back; a third ends the run.
     """
-    hooks = tuple(hooks)
     fp8 = job.runtime.precision == "fp8"
     saver = Saver(
         job.path,
@@ -84,26 +84,15 @@ def fit(
             print(f"going on from the checkpoint at step {state.step} of {steps}", flush=True)
     runner = _Runner(job, world, state, compile)
     runner.rows = rows_that_fit(job, world, runner.rows)
+    attempt = _Attempt(
+        job, world, steps, schedule, grad_clip, skip_spikes, tuple(hooks), flops_per_token, saver, runner
+    )
     resumed_at = state.step
     place, times = -1, 0  # the furthest batch with a Fault, and how many there were without getting past it
     with stop_signals() as stopping:
         while True:
             try:
-                _run(
-                    job,
-                    world,
-                    state,
-                    batches,
-                    steps,
-                    schedule,
-                    grad_clip,
-                    skip_spikes,
-                    hooks,
-                    flops_per_token,
-                    saver,
-                    runner,
-                    stopping,
-                )
+                attempt.run(state, batches, stopping)
                 return
             except Fault as fault:
                 times = times + 1 if fault.batch <= place + 1 else 1
@@ -130,129 +119,131 @@ def fit(
                     rewind_metrics(job.path / "metrics.jsonl", state.step, keep=True)
 
 
-def _run(
-    job: Job[Any],
-    world: World,
-    state: TrainState,
-    batches: Batches,
-    steps: int,
-    schedule: Schedule,
-    grad_clip: float | None,
-    skip_spikes: float | None,
-    hooks: tuple[Hook, ...],
-    flops_per_token: float,
-    saver: Saver,
-    runner: "_Runner",
-    stopping: Callable[[], bool],
-) -> None:
-    stream = batches(state)
-    saved = started = time.monotonic()
-    checking, sealed = 0.0, True  # seconds; whether this step is checked
-    state.optimizer.zero_grad()
-    state.optimizer.seals.take()
-    peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
-    pace: deque[float] = deque(maxlen=RECENT_STEPS)
-    place: Callable[[], dict[str, object]] = lambda: state.cursor  # noqa: E731
-    try:
-        while True:
-            if (
-                (job.runtime.save_steps and state.step % job.runtime.save_steps == 0)
-                or state.step in (0, steps, job.runtime.stop_step)
-                or any(hook.due(state.step, steps) for hook in hooks)
-                or world.any(time.monotonic() - saved > 60 * job.runtime.save_minutes)
-            ):
-                state.cursor = place()
-                saver.save(state)
-                saved = time.monotonic()
-            if state.step == job.runtime.stop_step:
-                raise Interrupted
-            for hook in hooks:
-                if hook.due(state.step, steps):
-                    found = hook.action(state)
-                    for name, value in found.items():
-                        if isinstance(value, float) and not math.isfinite(value):
-                            raise Fault(f"{name} is {value} at step {state.step}", state.drawn - 1)
-                    if world.is_first and found:
-                        job.record(
-                            step=state.step, steps=steps, **{k: v for k, v in found.items() if v is not None}
-                        )
-            if state.step >= steps:
-                saver.inspect(state)
-                return
-            if world.any(stopping()):
-                state.cursor = place()
-                saver.save(state)
-                saver.wait()  # say it is saved when it is
-                print(f"told to stop; saved a checkpoint at step {state.step} of {steps}", flush=True)
-                raise Interrupted
-            began = time.monotonic()
-            batch = next(stream)
-            while state.drawn in state.skip:
-                state.drawn += 1
+@dataclass(frozen=True)
+class _Attempt:
+    """The loop and all that stays the same from one fault to the next."""
+
+    job: Job[Any]
+    world: World
+    steps: int
+    schedule: Schedule
+    grad_clip: float | None
+    skip_spikes: float | None
+    hooks: tuple[Hook, ...]
+    flops_per_token: float
+    saver: Saver
+    runner: "_Runner"
+
+    def run(self, state: TrainState, batches: Batches, stopping: Callable[[], bool]) -> None:
+        """Train to the last step; Fault, Interrupted or a hook's own exception ends it before."""
+        job, world, steps, saver, runner = self.job, self.world, self.steps, self.saver, self.runner
+        stream = batches(state)
+        saved = started = time.monotonic()
+        checking, sealed = 0.0, True  # seconds; whether this step is checked
+        state.optimizer.zero_grad()
+        state.optimizer.seals.take()
+        peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+        pace: deque[float] = deque(maxlen=RECENT_STEPS)
+        place: Callable[[], dict[str, object]] = lambda: state.cursor  # noqa: E731
+        try:
+            while True:
+                if (
+                    (job.runtime.save_steps and state.step % job.runtime.save_steps == 0)
+                    or state.step in (0, steps, job.runtime.stop_step)
+                    or any(hook.due(state.step, steps) for hook in self.hooks)
+                    or world.any(time.monotonic() - saved > 60 * job.runtime.save_minutes)
+                ):
+                    state.cursor = place()
+                    saver.save(state)
+                    saved = time.monotonic()
+                if state.step == job.runtime.stop_step:
+                    raise Interrupted
+                for hook in self.hooks:
+                    if hook.due(state.step, steps):
+                        found = hook.action(state)
+                        for name, value in found.items():
+                            if isinstance(value, float) and not math.isfinite(value):
+                                raise Fault(f"{name} is {value} at step {state.step}", state.drawn - 1)
+                        if world.is_first and found:
+                            known = {name: value for name, value in found.items() if value is not None}
+                            job.record(step=state.step, steps=steps, **known)
+                if state.step >= steps:
+                    saver.inspect(state)
+                    return
+                if world.any(stopping()):
+                    state.cursor = place()
+                    saver.save(state)
+                    saver.wait()  # say it is saved when it is
+                    print(f"told to stop; saved a checkpoint at step {state.step} of {steps}", flush=True)
+                    raise Interrupted
+                began = time.monotonic()
                 batch = next(stream)
-            count, tokens = world.sum(batch.count, batch.inputs.numel())
-            rows = runner.rows
-            mine = runner.backward(batch, count)
-            passes = -(-batch.inputs.size(0) // (runner.rows or batch.inputs.size(0)))
-            if runner.rows != rows:
-                keep_rows(job, world, runner.rows)
-            looked = time.monotonic()
-            flips = [f"{name} changed in memory" for name in state.optimizer.seals.broken()]
-            if sealed:  # sealed as long as looked at; gradients once more for each pass
-                checking += (2 + passes) * (time.monotonic() - looked)
-            loss, norms, flipped = world.sum(mine, state.optimizer.reduce(), len(flips))
-            if flipped:
-                saver.refuse(flips, state.step, state.drawn)
-            grad_norm = norms / world.size  # all ranks must judge the same number
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise Fault(
-                    f"batch {state.drawn} at step {state.step} gave a loss of {loss} "
-                    f"and a gradient of {grad_norm}",
-                    state.drawn,
-                )
-            lr = schedule.lr(state.step, steps)
-            spike = False
-            if skip_spikes is not None:
-                spike = spikes(state.recent, (loss, grad_norm), skip_spikes)
-                state.recent = [*state.recent, (loss, grad_norm)][-WINDOW:]
-            # Rollouts may teach nothing: momentum alone would go on at full length, as Muon does.
-            if grad_norm > 0 and not spike:
-                state.optimizer.update(
-                    lr=lr,
-                    momentum=schedule.muon_momentum(state.step, steps),
-                    weight_decay=schedule.weight_decay(state.step, steps),
-                    grad_scale=min(1.0, grad_clip / (grad_norm + 1e-6)) if grad_clip else 1.0,
-                )
-            state.optimizer.zero_grad()
-            sealed = checking <= CHECK_SHARE * (time.monotonic() - started)
-            if sealed:
-                state.optimizer.seals.take()
-            state.step += 1
-            state.drawn += 1
-            place = batch.cursor
-            if world.is_first:
-                seconds = time.monotonic() - began
-                pace.append(seconds)
-                rate = flops_per_token * tokens / seconds
-                row: dict[str, float] = {"loss": loss, "lr": lr, "grad_norm": round(grad_norm, 6)}
-                row |= {"tokens_per_s": round(tokens / seconds, 1), "tflops": round(rate / 1e12, 5)}
-                if spike:
-                    row["skipped"] = 1
-                if peak:
-                    row["mfu"] = round(rate / (peak * world.size), 4)
-                # The median: the first step compiles, and one in many waits for a disk.
-                row["eta_s"] = round(statistics.median(pace) * (steps - state.step), 2)
-                row["memory_gb"] = round(memory_gb(world), 2)
-                job.record(step=state.step, steps=steps, **row, **batch.notes)
-    except (Fault, Interrupted):
-        raise
-    except BaseException:
-        saver.give_up()
-        raise
-    finally:
-        if isinstance(stream, Generator):
-            stream.close()  # ends the thread that reads ahead
-        saver.wait()  # the process must not end on half a checkpoint
+                while state.drawn in state.skip:
+                    state.drawn += 1
+                    batch = next(stream)
+                count, tokens = world.sum(batch.count, batch.inputs.numel())
+                rows = runner.rows
+                mine = runner.backward(batch, count)
+                passes = -(-batch.inputs.size(0) // (runner.rows or batch.inputs.size(0)))
+                if runner.rows != rows:
+                    keep_rows(job, world, runner.rows)
+                looked = time.monotonic()
+                flips = [f"{name} changed in memory" for name in state.optimizer.seals.broken()]
+                if sealed:  # sealed as long as looked at; gradients once more for each pass
+                    checking += (2 + passes) * (time.monotonic() - looked)
+                loss, norms, flipped = world.sum(mine, state.optimizer.reduce(), len(flips))
+                if flipped:
+                    saver.refuse(flips, state.step, state.drawn)
+                grad_norm = norms / world.size  # all ranks must judge the same number
+                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                    raise Fault(
+                        f"batch {state.drawn} at step {state.step} gave a loss of {loss} "
+                        f"and a gradient of {grad_norm}",
+                        state.drawn,
+                    )
+                lr = self.schedule.lr(state.step, steps)
+                spike = False
+                if self.skip_spikes is not None:
+                    spike = spikes(state.recent, (loss, grad_norm), self.skip_spikes)
+                    state.recent = [*state.recent, (loss, grad_norm)][-WINDOW:]
+                # Rollouts may teach nothing: momentum alone would go on at full length, as Muon does.
+                if grad_norm > 0 and not spike:
+                    state.optimizer.update(
+                        lr=lr,
+                        momentum=self.schedule.muon_momentum(state.step, steps),
+                        weight_decay=self.schedule.weight_decay(state.step, steps),
+                        grad_scale=min(1.0, self.grad_clip / (grad_norm + 1e-6)) if self.grad_clip else 1.0,
+                    )
+                state.optimizer.zero_grad()
+                sealed = checking <= CHECK_SHARE * (time.monotonic() - started)
+                if sealed:
+                    state.optimizer.seals.take()
+                state.step += 1
+                state.drawn += 1
+                place = batch.cursor
+                if world.is_first:
+                    seconds = time.monotonic() - began
+                    pace.append(seconds)
+                    rate = self.flops_per_token * tokens / seconds
+                    row: dict[str, float] = {"loss": loss, "lr": lr, "grad_norm": round(grad_norm, 6)}
+                    row |= {"tokens_per_s": round(tokens / seconds, 1), "tflops": round(rate / 1e12, 5)}
+                    if spike:
+                        row["skipped"] = 1
+                    if peak:
+                        row["mfu"] = round(rate / (peak * world.size), 4)
+                    # The median: the first step compiles, and one in many waits for a disk.
+                    row["eta_s"] = round(statistics.median(pace) * (steps - state.step), 2)
+                    row["memory_gb"] = round(memory_gb(world), 2)
+                    job.record(step=state.step, steps=steps, **row, **batch.notes)
+        except (Fault, Interrupted):
+            raise
+        except BaseException:
+            saver.give_up()
+            raise
+        finally:
+            if isinstance(stream, Generator):
+                stream.close()  # ends the thread that reads ahead
+            saver.wait()  # the process must not end on half a checkpoint
 
 
 class _Runner:

@@ -3,23 +3,16 @@
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.machine.ranks import World
-from nanochat_core.model.gpt import GPT, load_model, read_config, write_config
+from nanochat_core.model.gpt import GPT, write_config
 from nanochat_core.optim.groups import Group, parameter_groups
 from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train.checkpoint import TrainState, save_model
-
-
-class Summing(Protocol):
-    def __call__(self, *values: float) -> list[float]: ...
 
 
 def new_state(model: GPT, rates: Rates, world: World, groups: Sequence[Group] | None = None) -> TrainState:
@@ -31,27 +24,6 @@ def new_state(model: GPT, rates: Rates, world: World, groups: Sequence[Group] | 
         groups or parameter_groups(model, rates), rank=world.rank, size=world.size, dtype=world.dtype
     )
     return TrainState(model, optimizer, cursor={})
-
-
-def trained_model(directory: Path, tokenizer: Tokenizer) -> GPT:
-    """The model another stage has left, if it speaks the same tokens."""
-    check_tokenizer(directory, tokenizer)
-    return load_model(directory)
-
-
-def check_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
-    """Refuse a model that was trained with another tokenizer: its answers would be noise."""
-    config, known = read_config(directory)
-    if known != tokenizer.fingerprint or config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"the model in {directory} was trained with another tokenizer "
-            f"({known[:12]}, {config.vocab_size} tokens) than this one "
-            f"({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} tokens)"
-        )
-
-
-def byte_counts(tokenizer: Tokenizer, device: torch.device) -> torch.Tensor:
-    return torch.tensor(tokenizer.token_bytes(), device=device)
 
 
 def leave(job: Job[Any], world: World, state: TrainState, tokenizer: Tokenizer) -> None:

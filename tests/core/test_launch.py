@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,17 +158,20 @@ def test_a_stage_does_not_outlive_a_parent_that_is_killed(toy: Toy, undisturbed:
 
 
 def test_two_at_once_write_a_directory_once(toy: Toy, undisturbed: str) -> None:
-    slower = ("pretrain.steps=30", "pretrain.pause=0.1")  # the second has to start meanwhile
-    made = toy.plan(*slower)
+    made = toy.plan(*SLOW)
     toy.make(made, "shards")
     job = made.jobs["pretrain"]
-    other = background(made, toy.base_dir, *slower)
-    until(lambda: started(job.path))
-    launch(made, "pretrain")
+    other = background(made, toy.base_dir, *SLOW)
+    child = until(lambda: started(job.path))
+    os.kill(child, signal.SIGSTOP)  # until the second waits for it
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(launch, made, "pretrain")
+        until(lambda: "waiting for it" in (job.path / "log.txt").read_text(), 60)
+        os.kill(child, signal.SIGCONT)
+        second.result()
     assert other.wait(20) == 0
     assert toy.starts(made, "pretrain") == ["0"]
     assert weights(made, "pretrain") == undisturbed
-    assert "waiting for it" in (job.path / "log.txt").read_text()
 
 
 def test_the_second_goes_on_where_the_first_was_killed(toy: Toy, undisturbed: str) -> None:

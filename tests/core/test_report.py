@@ -95,7 +95,7 @@ def test_every_task_stands_beside_each_model_with_its_gain() -> None:
         "rl/chatcore_5": 0.2,
     }
     (table,) = report.task_table(metrics)
-    assert isinstance(table, report.Table)
+    assert isinstance(table, report.ReportTable)
     assert list(table.head) == ["task", "MID", "SFT", "RL", "gain"]
     assert list(map(list, table.rows)) == [
         ["spelling", "0.2500", "0.7500", "0.5000", "+0.2500"],
@@ -109,11 +109,11 @@ def test_chatcore_over_other_tasks_than_before_is_no_gain(rows: dict[str, Path])
     metrics |= {"sft/chatcore": 0.3, "sft/mmlu": 0.4, "sft/gsm8k": 0.3, "sft/gsm8k_pass_at_4": 0.5}
     metrics |= {"rl/chatcore": 0.4, "rl/gsm8k": 0.5, "rl/reward": 0.8}
     (table,) = report.task_table(metrics)
-    assert isinstance(table, report.Table)
+    assert isinstance(table, report.ReportTable)
     gains = {line[0]: line[-1] for line in table.rows}
     assert gains["gsm8k"] == "+0.3000" and gains["mmlu"] == "+0.1000" and gains["ChatCORE"] == ""
     blocks = summary({name: one(path) for name, path in rows.items()}, metrics)
-    (table,) = [block for block in blocks if isinstance(block, report.Table)]
+    (table,) = [block for block in blocks if isinstance(block, report.ReportTable)]
     assert list(map(list, table.rows))[-3:] == [
         ["mid", "ChatCORE", "", "0.1000", ""],
         ["sft", "ChatCORE", "0.1000", "0.3000", "+0.2000"],
@@ -128,9 +128,9 @@ def test_only_the_mean_over_the_published_tasks_is_called_core() -> None:
     assert headline({"core": 0.2, "factbook_units": 0.2}) == "CORE (own tasks) 0.200"
     metrics: dict[str, float | int | str | None] = {"base/core": 0.2, "base/factbook_units": 0.2}
     (table,) = report.task_table(metrics)
-    assert isinstance(table, report.Table) and table.rows[0][0] == "CORE (own tasks)"
+    assert isinstance(table, report.ReportTable) and table.rows[0][0] == "CORE (own tasks)"
     (table,) = report.task_table(metrics | {f"base/{task}": 0.2 for task in CORE_TASKS})
-    assert isinstance(table, report.Table) and table.rows[0][0] == "CORE"
+    assert isinstance(table, report.ReportTable) and table.rows[0][0] == "CORE"
 
 
 def test_the_report_says_when_and_how_fast_it_ran(rows: dict[str, Path]) -> None:
@@ -189,7 +189,7 @@ def test_a_reward_stands_beside_its_noise(rows: dict[str, Path]) -> None:
     result["metrics"] |= {"reward_start": 0.5, "reward": 0.75, "reward_se_start": 0.04, "reward_se": 0.03}
     path.write_text(json.dumps(result))
     (_, blocks), *_ = collect(rows).sections
-    (table,) = [block for block in blocks if isinstance(block, report.Table)]
+    (table,) = [block for block in blocks if isinstance(block, report.ReportTable)]
     assert ["sft", "reward", "0.5000 ± 0.0400", "0.7500 ± 0.0300", "+0.2500"] in list(map(list, table.rows))
     assert not any("reward_se" in cell for row in table.rows for cell in row)
     assert any("± is the standard error" in block.text for block in blocks if isinstance(block, Text))
@@ -353,7 +353,7 @@ def test_a_run_on_the_published_tasks_stands_beside_the_published_ones(rows: dic
     metrics: dict[str, float | int | str | None] = {"base/core": 0.21, "sft/mmlu": 0.3, "base/own": 1.0}
     metrics |= {f"base/{task}": 0.2 for task in CORE_TASKS}
     table, note = published_blocks({"assets": hub}, metrics)
-    assert isinstance(table, report.Table) and isinstance(note, Text)
+    assert isinstance(table, report.ReportTable) and isinstance(note, Text)
     assert list(map(list, table.rows)) == [
         ["BASE CORE", "0.2100", "0.2219", "0.2096", "0.2565"],
         ["SFT mmlu", "0.3000", "0.3151", "0.3267", ""],

@@ -18,7 +18,7 @@ from toys import Command
 from nanochat_core.cli.options import usable
 from nanochat_core.machine import systemd
 from nanochat_core.machine.installed import module
-from nanochat_core.machine.systemd import Step
+from nanochat_core.machine.systemd import InstallStep
 
 
 def settings(text: str, key: str) -> list[str]:
@@ -105,16 +105,16 @@ def test_steps_are_done_in_order_and_the_first_that_fails_says_why(tmp_path: Pat
     said: list[str] = []
     note = tmp_path / "note"
     done = [
-        Step("a file", tmp_path / "deep" / "unit", "text"),
-        Step("a command", command=("touch", str(note))),
+        InstallStep("a file", tmp_path / "deep" / "unit", "text"),
+        InstallStep("a command", command=("touch", str(note))),
     ]
     systemd.install(done, said.append)
     assert (tmp_path / "deep" / "unit").read_text() == "text" and note.exists()
     assert said[0] == "# a file" and shlex.join(["touch", str(note)]) in said
     with pytest.raises(ValueError, match=r"No such file.*put that right and run this again"):
-        systemd.install([Step("fails", command=("cat", str(tmp_path / "none")))], said.append)
+        systemd.install([InstallStep("fails", command=("cat", str(tmp_path / "none")))], said.append)
     with pytest.raises(ValueError, match="there is no frobnicatectl here; without systemd call nanochat up"):
-        systemd.install([Step("is not there", command=("frobnicatectl",))], said.append)
+        systemd.install([InstallStep("is not there", command=("frobnicatectl",))], said.append)
 
 
 def test_the_services_do_not_run_as_root_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,9 +199,7 @@ def test_dear_work_is_not_left_unused_unless_accepted(toy: Toy) -> None:
     record = made.jobs["pretrain"].path / "result.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"seconds": 9000.0}))
     state = run(toy, "pretrain.depth=3")
-    with pytest.raises(
-        CostRefused, match=r"pretrain runs again \(pretrain.depth: 2 -> 3\), 2:30 h go unused"
-    ):
+    with pytest.raises(CostRefused, match=r"pretrain runs again: pretrain.depth: 2 -> 3; 2:30 h of work"):
         state.result()
     assert run(toy, "pretrain.depth=3", accept_cost=True, until="pretrain").is_completed()
 

@@ -30,6 +30,7 @@ def end(*_):
     time.sleep(0.5)
     sys.exit()
 signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
 time.sleep(60)
 """
 STAGE = """
@@ -132,9 +133,11 @@ def note(base: Path, url: str, port: int, pid: int = 0, start: int = 0) -> None:
 
 
 def toy_service(base: Path, name: str) -> "subprocess.Popen[bytes]":
-    return services.service(
-        name, [sys.executable, "-c", SLOW_TO_END], services.folder(base), dict(os.environ)
-    )
+    where = services.folder(base)
+    process = services.service(name, [sys.executable, "-c", SLOW_TO_END], where, dict(os.environ))
+    while "ready" not in (where / f"{name}.log").read_text():  # a signal before that would just end it
+        time.sleep(0.01)
+    return process
 
 
 # Whose server an address is.

@@ -45,7 +45,7 @@ torch.set_num_threads(1)
 
 def measured():
     from nanochat_core.eval.spans import Candidate, score
-    from nanochat_core.infer.decoder import Decoder, Piece
+    from nanochat_core.infer.decoder import Decoder, PromptChunk
     from nanochat_core.infer.sampling import shifted_softcap
     from nanochat_core.model.forward import SOFTCAP
     from nanochat_core.model.gpt import GPT
@@ -66,7 +66,7 @@ def measured():
     except ValueError as problem:
         return {"refused": str(problem)}
     decoder.reserve(32)
-    logits = [decoder.read(ids[:20], [-1, *ids[:19]], range(20), [Piece(0, 0, 20)], None)]
+    logits = [decoder.read(ids[:20], [-1, *ids[:19]], range(20), [PromptChunk(0, 0, 20)], None)]
     logits += [decoder.read([ids[i]], [ids[i - 1]], [i], [], None) for i in range(20, 24)]
     decoded = shifted_softcap(torch.cat(logits)) - SOFTCAP  # what is sampled from
     forward = model(torch.tensor([ids[:-1]]))[0]
