@@ -8,6 +8,7 @@ from nanochat_core import (
     GPT,
     Engine,
     GPTConfig,
+    Problem,
     Rows,
     accuracy,
     conversation_batches,
@@ -24,7 +25,7 @@ TEST = [n for n in range(2000) if n % 7 == 0]  # never trained on
 def parity(name: str, numbers: list[int]) -> Rows:
     """Is a number odd or even? An answer is right if it is the same text, which is the default rule."""
 
-    def row(index: int):
+    def row(index: int) -> Problem:
         n = numbers[index]
         return dialogue(f"Odd or even: {n}", "odd" if n % 2 else "even")
 
@@ -39,7 +40,7 @@ def main() -> None:
     engine = Engine(model, tokenizer)
 
     print(f"before: {accuracy(evaluate_task(engine, test, max_tokens=8)):.2f} (a guess: {test.baseline})")
-    history = fit(model, conversation_batches(train, tokenizer, rows=16, T=32), steps=50)
+    history = fit(model, conversation_batches(train, tokenizer, rows=8, T=32), steps=50)
     print(f"loss {history[0]['loss']:.2f} -> {history[-1]['loss']:.2f} nats per token")
 
     answers = evaluate_task(engine, test, max_tokens=8)

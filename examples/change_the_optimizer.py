@@ -11,7 +11,7 @@ from torch import Tensor
 from nanochat_core import GPT, GPTConfig, Group, fit, parameter_groups, text_batches, train_tokenizer
 
 TEXT = [f"{a} times {b} is {a * b}." for a in range(20) for b in range(20)]
-STEPS = 60
+STEPS = 40
 
 
 def lion(p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *, lr: float, **rest: Any) -> None:
@@ -40,7 +40,7 @@ def lion_for_all(model: GPT) -> list[Group]:
 def main() -> None:
     tokenizer = train_tokenizer(TEXT, vocab_size=300)
     shape = GPTConfig.of_depth(2, tokenizer.vocab_size, sequence_len=64, aspect=32, head_dim=32)
-    batches = text_batches(TEXT, tokenizer, rows=8, T=64)
+    batches = text_batches(TEXT, tokenizer, rows=4, T=64)
     for optimizer in (nanochat, adamw, lion_for_all):
         model = GPT(shape).init_weights(seed=1)
         history = fit(model, batches, steps=STEPS, groups=optimizer(model))

@@ -8,7 +8,7 @@ the last stage of the latest run. To make a run first: nanochat run cpu-demo
 
 import sys
 
-from nanochat_core import Engine, Sampling, load
+from nanochat_core import Engine, Message, Sampling, load
 
 QUESTIONS = ("What is the capital of France?", "And of Japan?")
 
@@ -18,7 +18,7 @@ def main(model: str | None, questions: tuple[str, ...]) -> None:
     print(f"{name}: {gpt.num_params():,} parameters, {tokenizer.vocab_size} tokens in the vocabulary")
     engine = Engine(gpt, tokenizer)
 
-    messages = []
+    messages: list[Message] = []
     for seed, question in enumerate(questions):
         messages.append({"role": "user", "content": question})
         answer = engine.reply(messages, Sampling(temperature=0.6, top_k=50, max_tokens=64, seed=seed))

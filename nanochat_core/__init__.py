@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from nanochat_core.data.batch import Batch
     from nanochat_core.data.streams import conversation_batches, text_batches
     from nanochat_core.data.tasks import load_task
-    from nanochat_core.data.tasks.base import Rows, Task, dialogue
+    from nanochat_core.data.tasks.base import Problem, Rows, Task, dialogue
     from nanochat_core.eval.chat_tasks import accuracy, evaluate_task
     from nanochat_core.infer.engine import Engine
     from nanochat_core.infer.exported import save
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nanochat_core.runner.models import load
     from nanochat_core.tokenizer.bpe import Tokenizer
     from nanochat_core.tokenizer.bpe import train as train_tokenizer
+    from nanochat_core.tokenizer.render import Message
     from nanochat_core.train.loop import Hook
     from nanochat_core.train.script import fit
 
@@ -32,6 +33,8 @@ __all__ = [
     "GPTConfig",
     "Group",
     "Hook",
+    "Message",
+    "Problem",
     "Rates",
     "Rows",
     "Sampling",
@@ -58,6 +61,8 @@ HOMES = {
     "GPTConfig": "model.shape",
     "Group": "optim.groups",
     "Hook": "train.loop",
+    "Message": "tokenizer.render",
+    "Problem": "data.tasks.base",
     "Rates": "optim.schedule",
     "Rows": "data.tasks.base",
     "Sampling": "infer.sampling",

@@ -1,14 +1,18 @@
 """The examples run as they are, and the code that docs/using-the-library.md shows is theirs."""
 
+import json
 import re
 import runpy
+import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from nanochat_core.runner import plan as plans
+from nanochat_core.runner.launch import launch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -66,17 +70,30 @@ def test_a_task_is_learned_for_numbers_that_were_not_trained_on(run: Run) -> Non
     assert losses(re.search("after: .*", printed)[0])[0] > 0.9  # type: ignore[index]
 
 
+def test_a_stage_of_ones_own_leaves_its_artifact(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    own = f'profile.stages=["{EXAMPLES / "add_a_stage.py"}:longest_tokens"]'
+    made = plans.load("tiny", [own, "longest_tokens.count=3"], base_dir=tmp_path / "base")
+    launch(made, "longest_tokens")
+    job = made.jobs["longest_tokens"]
+    assert len((job.path / "longest.txt").read_text().splitlines()) == 3
+    assert json.loads((job.path / "result.json").read_text())["metrics"]["characters"] > 3
+
+
 def test_every_example_is_short() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) < 60, path.name
 
 
+def unindented(text: str) -> str:
+    """Documentation shows what stands in a function without its indent."""
+    return "\n".join(line.strip() for line in text.splitlines())
+
+
 def test_code_in_the_documentation_is_taken_from_the_examples() -> None:
     page = (ROOT / "docs" / "using-the-library.md").read_text()
-    sources = [path.read_text() for path in EXAMPLES.glob("*.py")]
+    sources = [unindented(path.read_text()) for path in EXAMPLES.glob("*.py")]
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert blocks
-    for paragraph in "\n\n".join(blocks).split("\n\n"):
-        lines = paragraph.strip("\n")
-        shown = (lines, textwrap.indent(lines, "    "))  # the body of a function is shown without its indent
-        assert any(text in source for text in shown for source in sources), lines
+    for paragraph in "\n\n".join(map(unindented, blocks)).split("\n\n"):
+        assert any(paragraph.strip() in source for source in sources), paragraph

@@ -23,6 +23,11 @@ class Interrupted(Exception):
     """The stage was told to stop and has saved what it had; running it again goes on from there."""
 
 
+class Later:
+    """Marks a key that recipes got after results had been made without it: at its default it is left out of a
+    fingerprint, so theirs hold."""
+
+
 class Recipe(BaseModel):
     """The base of every stage's Config: what decides the result. An unknown key is an error."""
 
@@ -158,7 +163,11 @@ def canonical(value: Any, where: str = "recipe") -> Any:
     """The value as plain JSON data, or an error: anything without one stable spelling would fork fingerprints
     silently."""
     if isinstance(value, BaseModel):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
+        value = {
+            name: getattr(value, name)
+            for name, key in type(value).model_fields.items()
+            if Later not in key.metadata or getattr(value, name) != key.default
+        }
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

@@ -103,7 +103,7 @@ class _Norm:
 class Decoder:
     """A model and the keys and values of what it has read, `rows` sequences of at most `capacity` tokens.
 
-    Its own forms of the norm and the rotation, and its cache, are compared with the model's when the first
+    Its own forms of norm and rotation, and its cache, are compared with the model's when the first
     decoder is built.
     """
 

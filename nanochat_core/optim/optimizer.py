@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanochat_core.optim.groups import Group
 from nanochat_core.optim.muon import MuonState, muon_update, new_state
+from nanochat_core.optim.seals import Seals
 
 REPLICATED_BELOW = 4096  # elements; smaller parameters are updated alike on every rank
 
@@ -52,6 +53,9 @@ class Optimizer:
                     self._add_elementwise(group, name, p)
             else:
                 self._add_muon(group)
+        whole = {piece.name: piece.whole for piece in self.pieces}
+        named = {name: p for group in groups for name, p in zip(group.names, group.params, strict=True)}
+        self.seals = Seals(whole | self.state_dict(), named)
 
     def _add_muon(self, group: Group) -> None:
         K, (m, n) = len(group.params), group.params[0].shape
@@ -80,6 +84,7 @@ class Optimizer:
     def zero_grad(self) -> None:
         for piece in self.pieces:
             piece.grads.zero_()
+        self.seals.gradients.clear()
 
     def _own(self, piece: _Piece, tensor: Tensor) -> Tensor:
         """This rank's part of a piece."""
@@ -167,3 +172,4 @@ class Optimizer:
                     if low < high:
                         own[low - start : high - start].copy_(tensor[low - r * n : high - r * n])
         self.step_count = step_count
+        self.seals.on = False

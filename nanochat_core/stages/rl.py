@@ -134,6 +134,7 @@ def run(cfg: Config, job: Job[Config]) -> Metrics:
                 steps=cfg.steps,
                 schedule=cfg.schedule(),
                 grad_clip=cfg.grad_clip,
+                skip_spikes=cfg.skip_spikes,
                 hooks=[Hook(cfg.eval_every, evaluate)],
             )
             stopping.check()  # the last evaluation

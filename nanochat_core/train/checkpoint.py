@@ -40,9 +40,8 @@ class TrainState:
     cursor: dict[str, Any]  # this rank's place in the data
     step: int = 0
     drawn: int = 0  # batches taken from the data: steps, and those that were passed over
-    skip: list[int] = field(
-        default_factory=list
-    )  # batches to pass over, by their number, for their loss was not finite
+    skip: list[int] = field(default_factory=list)  # batches to pass over, by their number, after Faults
+    recent: list[tuple[float, float]] = field(default_factory=list)  # losses and norms, to know spikes by
 
 
 class Fault(Exception):
@@ -94,6 +93,7 @@ class Saver:
             "step": state.step,
             "drawn": state.drawn,
             "skip": list(state.skip),
+            "recent": list(state.recent),
             "optimizer_steps": state.optimizer.step_count,
             "cursor": state.cursor,
             "ranks": self.world.size,
@@ -109,11 +109,20 @@ class Saver:
         self._writing.start()
 
     def inspect(self, state: TrainState) -> None:
-        """Raise a Fault on all ranks if a tensor on any of them holds a value that is not finite."""
-        broken = not_finite(state.model.state_dict() | state.optimizer.state_dict())
+        """Raise a Fault on all ranks if a tensor on any of them has changed in memory or is not finite."""
+        sealed = state.optimizer.seals.on
+        broken = [f"{name} changed in memory" for name in state.optimizer.seals.broken()]
+        if sealed:
+            state.optimizer.seals.take()
+        found = state.model.state_dict() | state.optimizer.state_dict()
+        broken += [f"{name} is not finite" for name in not_finite(found)]
+        self.refuse(broken, state.step, state.drawn - 1)
+
+    def refuse(self, broken: list[str], step: int, batch: int) -> None:
+        """Raise a Fault on all ranks that names what is broken on any of them."""
         if self.world.any(bool(broken)):
             names = ", ".join(dict.fromkeys(self.world.gather(broken)))
-            raise Fault(f"at step {state.step} values of {names} are not finite", state.drawn - 1)
+            raise Fault(f"at step {step} {names}", batch)
 
     def wait(self) -> None:
         """Until the checkpoint being written is on disk; its error, if it failed, is raised here."""
@@ -252,6 +261,7 @@ class Saver:
         record = records[self.world.rank % saved]
         state.optimizer.load_state_dict([part.get_tensor for part in parts], record["optimizer_steps"])
         state.step, state.drawn, state.cursor = record["step"], record["drawn"], record["cursor"]
+        state.recent = record.get("recent", [])  # not in a checkpoint from before there was such an option
         if saved != self.world.size:
             if self.world.is_first:
                 print(f"{folder.name} was saved by {saved} ranks and is divided among {self.world.size}")

@@ -25,10 +25,12 @@ from nanochat_core.machine.ranks import World
 from nanochat_core.optim.schedule import Schedule
 from nanochat_core.train.checkpoint import Fault, Saver, TrainState
 from nanochat_core.train.repeatable import repeatable
+from nanochat_core.train.spikes import WINDOW, spikes
 
 Batches = Callable[[TrainState], Iterator[Batch]]
 """Makes the stream of batches that follows a state's cursor; asked again after a fault sent the run back."""
 
+CHECK_SHARE = 0.01  # of the time, for looking whether bits flipped in memory: as many steps as that allows
 RECENT_STEPS = 50  # that the time left is reckoned from
 
 
@@ -51,6 +53,7 @@ def fit(
     steps: int,
     schedule: Schedule,
     grad_clip: float | None = None,
+    skip_spikes: float | None = None,
     hooks: Iterable[Hook] = (),
     flops_per_token: float = 0.0,
     compile: bool = False,
@@ -81,7 +84,9 @@ def fit(
             print(f"going on from the checkpoint at step {state.step} of {steps}", flush=True)
     runner = _Runner(job, world, state, compile)
     runner.rows = rows_that_fit(job, world, runner.rows)
-    attempt = _Attempt(job, world, steps, schedule, grad_clip, tuple(hooks), flops_per_token, saver, runner)
+    attempt = _Attempt(
+        job, world, steps, schedule, grad_clip, skip_spikes, tuple(hooks), flops_per_token, saver, runner
+    )
     resumed_at = state.step
     place, times = -1, 0  # the furthest batch with a Fault, and how many there were without getting past it
     with stop_signals() as stopping:
@@ -116,13 +121,14 @@ def fit(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """The loop and all that stays the same from one fault to the next."""
+    """The loop, with all that stays the same from one fault to the next."""
 
     job: Job[Any]
     world: World
     steps: int
     schedule: Schedule
     grad_clip: float | None
+    skip_spikes: float | None
     hooks: tuple[Hook, ...]
     flops_per_token: float
     saver: Saver
@@ -132,7 +138,10 @@ class _Attempt:
         """Train to the last step; Fault, Interrupted or a hook's own exception ends it before."""
         job, world, steps, saver, runner = self.job, self.world, self.steps, self.saver, self.runner
         stream = batches(state)
-        saved = time.monotonic()
+        saved = started = time.monotonic()
+        checking, sealed = 0.0, True  # seconds; whether this step is checked
+        state.optimizer.zero_grad()
+        state.optimizer.seals.take()
         peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
         pace: deque[float] = deque(maxlen=RECENT_STEPS)
         place: Callable[[], dict[str, object]] = lambda: state.cursor  # noqa: E731
@@ -173,12 +182,18 @@ class _Attempt:
                     state.drawn += 1
                     batch = next(stream)
                 count, tokens = world.sum(batch.count, batch.inputs.numel())
-                state.optimizer.zero_grad()
                 rows = runner.rows
                 mine = runner.backward(batch, count)
+                passes = -(-batch.inputs.size(0) // (runner.rows or batch.inputs.size(0)))
                 if runner.rows != rows:
                     keep_rows(job, world, runner.rows)
-                loss, norms = world.sum(mine, state.optimizer.reduce())
+                looked = time.monotonic()
+                flips = [f"{name} changed in memory" for name in state.optimizer.seals.broken()]
+                if sealed:  # sealed as long as looked at; gradients once more for each pass
+                    checking += (2 + passes) * (time.monotonic() - looked)
+                loss, norms, flipped = world.sum(mine, state.optimizer.reduce(), len(flips))
+                if flipped:
+                    saver.refuse(flips, state.step, state.drawn)
                 grad_norm = norms / world.size  # all ranks must judge the same number
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise Fault(
@@ -187,15 +202,22 @@ class _Attempt:
                         state.drawn,
                     )
                 lr = self.schedule.lr(state.step, steps)
-                if (
-                    grad_norm > 0
-                ):  # rollouts may teach nothing: momentum alone would go on at full length, as Muon does
+                spike = False
+                if self.skip_spikes is not None:
+                    spike = spikes(state.recent, (loss, grad_norm), self.skip_spikes)
+                    state.recent = [*state.recent, (loss, grad_norm)][-WINDOW:]
+                # Rollouts may teach nothing: momentum alone would go on at full length, as Muon does.
+                if grad_norm > 0 and not spike:
                     state.optimizer.update(
                         lr=lr,
                         momentum=self.schedule.muon_momentum(state.step, steps),
                         weight_decay=self.schedule.weight_decay(state.step, steps),
                         grad_scale=min(1.0, self.grad_clip / (grad_norm + 1e-6)) if self.grad_clip else 1.0,
                     )
+                state.optimizer.zero_grad()
+                sealed = checking <= CHECK_SHARE * (time.monotonic() - started)
+                if sealed:
+                    state.optimizer.seals.take()
                 state.step += 1
                 state.drawn += 1
                 place = batch.cursor
@@ -205,6 +227,8 @@ class _Attempt:
                     rate = self.flops_per_token * tokens / seconds
                     row: dict[str, float] = {"loss": loss, "lr": lr, "grad_norm": round(grad_norm, 6)}
                     row |= {"tokens_per_s": round(tokens / seconds, 1), "tflops": round(rate / 1e12, 5)}
+                    if spike:
+                        row["skipped"] = 1
                     if peak:
                         row["mfu"] = round(rate / (peak * world.size), 4)
                     # The median: the first step compiles, and one in many waits for a disk.

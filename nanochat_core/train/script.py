@@ -53,9 +53,9 @@ def fit(
     `directory` keeps checkpoints and metrics.jsonl: a second call with the same arguments resumes, with the
     same weights as if the first had not been interrupted. Without it nothing is kept.
 
-    Raises ValueError if a loss is not finite twice in the same place or if the directory's checkpoint does
-    not fit the model, and KeyboardInterrupt on Ctrl-C or SIGTERM, after a last checkpoint. One process on one
-    device: for several GPUs run a profile with runtime.nproc.
+    Raises ValueError if a loss is not finite three times in the same place or if the directory's checkpoint
+    does not fit the model, and KeyboardInterrupt on Ctrl-C or SIGTERM, after a last checkpoint. It runs in
+    one process on one device: for several GPUs run a profile with runtime.nproc.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(

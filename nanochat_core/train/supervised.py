@@ -58,6 +58,7 @@ def train_supervised(
         steps=steps,
         schedule=cfg.schedule(),
         grad_clip=cfg.grad_clip,
+        skip_spikes=cfg.skip_spikes,
         hooks=[Hook(eval_every, validate)],
         flops_per_token=flops_per_token(shape),
         compile=job.runtime.compile,

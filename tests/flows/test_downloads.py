@@ -75,7 +75,7 @@ def plan(tmp_path: Path) -> Iterator[plans.Plan]:
 
 
 @flow(name="bring")
-def bring(plan: plans.Plan, stopping: Any, see: Any = None) -> list[dict[str, int]]:
+def bring(plan: Any, stopping: Any, see: Any = None) -> list[dict[str, int]]:
     return [future.result() for future in downloads.bring(plan, "shards", stopping, see or len)]
 
 

@@ -36,10 +36,6 @@ def nanochat(base: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def plan(base: Path) -> dict[str, Any]:
-    return to_do(nanochat(base, "plan", "tiny", "--json"))
-
-
 def to_do(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     stages: dict[str, Any] = json.loads(done.stdout)["stages"]
@@ -79,12 +75,15 @@ def without_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_prefect")
 @pytest.mark.parametrize("row", ["tokenizer", "pretrain", "mid", "sft_eval"])
-def test_a_lost_artefact_is_made_again_alone_and_the_same_without_prefect(tiny_copy: Path, row: str) -> None:
+def test_a_lost_artefact_is_made_again_alone_and_the_same_without_prefect(
+    command: Command, tiny_copy: Path, row: str
+) -> None:
+    plan = ("plan", "tiny", "--json", "--base-dir", str(tiny_copy))
     (directory,) = (tiny_copy / row).iterdir()
     before = json.loads((directory / "result.json").read_text())
     shutil.rmtree(directory)
-    assert list(plan(tiny_copy)) == [row]
+    assert list(to_do(command(*plan))) == [row]
     assert nanochat(tiny_copy, "stage", row, "tiny").returncode == 0
     after = json.loads((directory / "result.json").read_text())
     assert store.content(after) == store.content(before)
-    assert plan(tiny_copy) == {}
+    assert to_do(command(*plan)) == {}

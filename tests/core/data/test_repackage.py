@@ -227,7 +227,11 @@ def broken(folder: Path, name: str, content: Any) -> None:
         ("b.jsonl", b'{"text": "x"}\n{"text": \n', r"b\.jsonl, line 2: not JSON"),
         ("b.jsonl", '{"text": "é"}\n'.encode() + b'{"text": "caf\xe9"}', r"b\.jsonl, line 2, is not UTF-8"),
         ("b.txt", "é\né\n".encode() + b"caf\xe9", r"b\.txt, line 3, is not UTF-8"),
-        ("b.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 500)[:-20], r"b\.jsonl\.gz cannot be read"),
+        (
+            "b.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 500, mtime=0)[:-20],
+            r"b\.jsonl\.gz cannot be read",
+        ),
         ("b.jsonl.gz", b'{"text": "x"}\n', r"b\.jsonl\.gz cannot be read"),
     ],
 )

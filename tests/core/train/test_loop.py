@@ -21,6 +21,7 @@ from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates, Schedule
 from nanochat_core.sources.documents import Shard
 from nanochat_core.tokenizer.bpe import Tokenizer
+from nanochat_core.train import loop, spikes
 from nanochat_core.train.checkpoint import TrainState
 from nanochat_core.train.loop import Batches, Hook, fit, keep_rows, rows_that_fit
 from nanochat_core.train.setup import new_state
@@ -293,6 +294,65 @@ def test_a_weight_that_is_not_a_number_is_neither_saved_nor_left_in_the_result(
     assert same(weights(whole), weights(state)) and state.skip == []
 
 
+@pytest.mark.parametrize(
+    ("target", "before_pass"),
+    [("wte.weight", 0), ("muon_32x32/momentum", 1), ("the gradient of wte.weight", 1)],
+)
+def test_a_bit_that_flips_in_memory_is_named_and_repaired(
+    target: str,
+    before_pass: int,
+    tmp_path: Path,
+    fresh: Fresh,
+    batches: Batches,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(loop, "CHECK_SHARE", 1e9)
+    whole, state = fresh(), fresh()
+    two_passes = {"device_batch": {"pretrain": 2}}
+    fit(job_in(tmp_path / "whole", **two_passes), WORLD, whole, batches, steps=6, schedule=SCHEDULE)
+    grad = state.model.wte.weight.grad
+    assert grad is not None
+    memory = {"the gradient of wte.weight": grad, "wte.weight": state.model.wte.weight.data}
+    tensor = (memory | state.optimizer.state_dict())[target]
+    loss, passes = state.model.loss, 0
+
+    def struck(*batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal passes
+        if passes == 8 + before_pass:
+            word = tensor.view(-1)[5:6].view(torch.int32)
+            word ^= 1
+        passes += 1
+        return loss(*batch)
+
+    monkeypatch.setattr(state.model, "loss", struck)
+    job = job_in(tmp_path / "job", save_steps=3, **two_passes)
+    fit(job, WORLD, state, batches, steps=6, schedule=SCHEDULE)
+    assert f"at step 4 {target} changed in memory; going back" in capsys.readouterr().out
+    assert same(weights(whole), weights(state)) and state.skip == []
+
+
+def test_a_spike_makes_no_update_where_that_is_asked_for(
+    tmp_path: Path, fresh: Fresh, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spikes, "LEAST", 4)
+
+    def loud(state: TrainState) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(state), start=state.drawn):
+            yield dataclasses.replace(batch, weights=batch.weights * (50 if number == 6 else 1))
+
+    skipped = {}
+    for limit in (None, 6.0):
+        job, state = job_in(tmp_path / str(limit)), fresh()
+        with pytest.raises(Interrupted):
+            fit(job, WORLD, state, loud, steps=8, schedule=SCHEDULE, skip_spikes=limit, hooks=[stop_at(5)])
+        state = fresh()
+        fit(job, WORLD, state, loud, steps=8, schedule=SCHEDULE, skip_spikes=limit)
+        skipped[limit] = [row["step"] for row in rows_of(job) if "skipped" in row]
+        assert state.optimizer.step_count == 8 - len(skipped[limit])
+    assert skipped == {None: [], 6.0: [7]}
+
+
 def test_a_checkpoint_that_only_leads_to_faults_is_given_up_for_the_one_before(
     tmp_path: Path, fresh: Fresh, batches: Batches, struck: Strike, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,7 +368,7 @@ def test_a_checkpoint_that_only_leads_to_faults_is_given_up_for_the_one_before(
 
 def test_a_damage_that_comes_each_time_ends_the_run(tmp_path: Path, batches: Batches, struck: Strike) -> None:
     state = struck(one_weight(float("inf")), 6, True)
-    with pytest.raises(ValueError, match=r"at step 6 values of wte.weight .* for the third time"):
+    with pytest.raises(ValueError, match=r"at step 6 wte.weight is not finite, for the third time"):
         fit(job_in(tmp_path / "job", save_steps=3), WORLD, state, batches, steps=8, schedule=SCHEDULE)
 
 
