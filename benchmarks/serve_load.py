@@ -26,7 +26,7 @@ import httpx
 import torch
 import uvicorn
 
-from nanochat_core.chat.web import Limits, create_app
+from nanochat_core.chat.web import RequestLimits, create_app
 from nanochat_core.infer.engine import Engine
 from nanochat_core.infer.load import fastest
 from nanochat_core.model.gpt import GPT
@@ -112,7 +112,7 @@ def serve(args: argparse.Namespace, listening: socket.socket) -> None:
     model.compute_dtype = fastest(model, torch.device("cpu"))
     engine = Engine(model, tokenizer, max_rows=args.rows, context=1024)
     engine.reserve(1024)
-    app = create_app(engine, "bench", limits=Limits(places=args.clients))
+    app = create_app(engine, "bench", limits=RequestLimits(places=args.clients))
     uvicorn.Server(uvicorn.Config(app, log_level="error")).run(sockets=[listening])
 
 

@@ -8,11 +8,11 @@ from prefect.cache_policies import NO_CACHE
 
 from nanochat_core.runner.doctor import preflight
 from nanochat_core.runner.plan import Plan, Verdict
-from nanochat_core.runner.terminal import Terminal
+from nanochat_core.runner.run_display import RunDisplay
 
 
 @task(name="doctor", task_run_name="doctor", cache_policy=NO_CACHE)
-def examine(plan: Plan, verdicts: Mapping[str, Verdict], screen: Terminal | None) -> dict[str, str]:
+def examine(plan: Plan, verdicts: Mapping[str, Verdict], screen: RunDisplay | None) -> dict[str, str]:
     """Find out before any long work; what is broken ends the run here, with what to do about it."""
     log = get_run_logger()
 

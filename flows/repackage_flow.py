@@ -11,7 +11,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from nanochat_core.artifacts.progress import count
 from nanochat_core.sources import repackage as work
-from nanochat_core.sources.repackage import Step, Wanted
+from nanochat_core.sources.repackage import RepackageProgress, Wanted
 
 terminal: ContextVar[Callable[[str], object] | None] = ContextVar("terminal", default=None)
 """Where a run started by hand says how far it is; a worker's has nobody to say it to."""
@@ -75,7 +75,7 @@ class Telling:
         assert isinstance(bar, UUID)
         self.bar = bar
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: RepackageProgress) -> None:
         words = f"{step.phase}  {count(step.documents)} documents, {count(step.chars)} characters"
         if step.fraction is not None:
             words += f", {step.fraction:.0%}"

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from nanochat_core.artifacts import store
 from nanochat_core.artifacts.orphans import process as process_now
+from nanochat_core.machine.installed import module
 from nanochat_core.runner.launch import die_with_parent
 from nanochat_core.runner.status import at_work
 
@@ -141,7 +142,7 @@ def prepare(base_dir: Path) -> str:
     with store.locked(home / "nanochat.lock"):  # two that start at once would both make the database's tables
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "flows.server", str(port)],
+                module("flows.server", str(port)),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

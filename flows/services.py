@@ -31,11 +31,11 @@ from flows.server import (
 )
 from flows.whose import worker_name
 from nanochat_core.artifacts import orphans, store
+from nanochat_core.machine.installed import SAFE_PATH, deployment, module
 from nanochat_core.runner.plan import saved_step
 from nanochat_core.runner.status import at_work
 
 POOL = "nanochat"
-DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments" / "prefect.yaml"
 STARTUP_SECONDS = 120.0
 PORT = 4200  # of the server, if none is named
 ALREADY_UP = 75  # the exit code of a supervisor that finds another; systemd need not try again
@@ -133,7 +133,7 @@ def start_supervisor(base_dir: Path, url: str, port: int) -> "subprocess.Popen[b
     env = {key: value for key, value in os.environ.items() if key != "INVOCATION_ID"}
     with (folder(base_dir) / "supervisor.log").open("ab") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.services", str(base_dir), url, str(port)],
+            module("flows.services", str(base_dir), url, str(port)),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -159,20 +159,12 @@ def register(base_dir: Path | None = None) -> None:
             template["variables"]["properties"]["stream_output"]["default"] = False
             pool = WorkPoolCreate(name=POOL, type="process", concurrency_limit=1, base_job_template=template)
             client.create_work_pool(pool)
+    path = deployments(base_dir)
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "prefect",
-            "--no-prompt",
-            "deploy",
-            "--prefect-file",
-            str(deployments(base_dir)),
-            "--all",
-        ],
+        module("prefect", "--no-prompt", "deploy", "--prefect-file", str(path), "--all"),
         capture_output=True,
         text=True,
-        cwd=DEPLOYMENTS.parent,
+        cwd=path.parent,
         env=os.environ | SETTINGS | {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING"},
     )
     if done.returncode != 0:
@@ -194,11 +186,12 @@ def deployments(base_dir: Path | None) -> Path:
     """The deployments to register. Those of our own server name the base directory, so that its runs are in
     there whichever worker takes them; a server of many machines (no base directory) leaves that to each
     worker."""
+    shared = deployment("prefect.yaml")
     if base_dir is None:
-        return DEPLOYMENTS
+        return shared
     import yaml
 
-    document = yaml.safe_load(DEPLOYMENTS.read_text())
+    document = yaml.safe_load(shared.read_text())
     for one in document["deployments"]:
         if one["entrypoint"] == "flows.speedrun.speedrun":
             one["parameters"]["base_dir"] = str(base_dir)
@@ -279,17 +272,16 @@ def supervise(base_dir: Path, url: str, port: int) -> int:
     signal.signal(signal.SIGINT, stop)
     share_password()  # a unit file starts us without `up`
     where = folder(base_dir)
-    python = [sys.executable, "-m"]
-    worker = f"prefect worker start --pool {POOL} --type process --limit 1 --install-policy never".split()
+    worker = f"worker start --pool {POOL} --type process --limit 1 --install-policy never".split()
     commands = {
-        "worker": [*python, *worker, "--name", worker_name(base_dir)],  # by which its runs are known
-        "recovery": [*python, "flows.recovery"],
+        "worker": module("prefect", *worker, "--name", worker_name(base_dir)),  # by which its runs are known
+        "recovery": module("flows.recovery"),
     }
     if port:
-        start = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-        commands = {"server": [*python, *start], **commands}
+        start = module("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
+        commands = {"server": start, **commands}
     own = {"PREFECT_API_URL": url, "NANOCHAT_BASE_DIR": str(base_dir)}
-    env = RETENTION | os.environ | SETTINGS | own
+    env = RETENTION | os.environ | SETTINGS | SAFE_PATH | own
     started: dict[str, subprocess.Popen[bytes]] = {}
     again: dict[str, float] = {}
     with contextlib.ExitStack() as stack:

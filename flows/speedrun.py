@@ -19,7 +19,7 @@ from flows.examine import examine
 from flows.recovery import default_base_dir, present
 from flows.report_page import publish_report
 from flows.watch import Cancellation, Watch
-from nanochat_core.artifacts.progress import Row, span
+from nanochat_core.artifacts.progress import Row
 from nanochat_core.artifacts.stage import Interrupted, Metrics
 from nanochat_core.pipeline import STAGES
 from nanochat_core.report.headline import headline
@@ -28,19 +28,19 @@ from nanochat_core.runner import plan as plans
 from nanochat_core.runner.exits import log_tail
 from nanochat_core.runner.launch import InputLost, StageFailed, insist, pending, result_of
 from nanochat_core.runner.plan import Plan
+from nanochat_core.runner.run_display import RunDisplay
 from nanochat_core.runner.sync import following
-from nanochat_core.runner.terminal import Terminal
 
 REPAIRS = 5  # of artefacts damaged while a run was on its way; more than that is a broken disk
-DEAR_SECONDS = 3600.0  # finished work that a changed recipe may leave unused unless it is accepted
 
-terminal: ContextVar[Terminal | None] = ContextVar("terminal", default=None)
+terminal: ContextVar[RunDisplay | None] = ContextVar("terminal", default=None)
 """Where a run started by hand shows its progress; a worker's has nobody to show it to."""
 
 request: ContextVar[str | None] = ContextVar("request", default=None)
 """The name of a request to run stages again, if not the flow run's own id."""
 
-StageName = Annotated[str, Field(json_schema_extra={"enum": [stage.name for stage in STAGES]})]
+# A stage of the user's own has another name, so that these are examples and no enumeration.
+StageName = Annotated[str, Field(examples=[stage.name for stage in STAGES])]
 ProfileName = Annotated[str, Field(json_schema_extra={"enum": plans.profile_names()})]
 
 BY_FINGERPRINT = CacheKeyFnPolicy(
@@ -65,7 +65,8 @@ def speedrun(
 
     Args:
         profile: which model, data and machine
-        overrides: changes to the recipe, each as stage.key=value, for example pretrain.depth=4
+        overrides: changes to the recipe, each as stage.key=value, for example pretrain.depth=4;
+            profile.stages=["/where/it/is/my_stage.py:name"] adds a stage of yours
         rerun: stages to make again, with all that follows from them
         until: the last stage to run
         base_dir: where everything is kept; NANOCHAT_BASE_DIR or ~/.cache/nanochat if left empty
@@ -104,7 +105,9 @@ def train(
     plan = plans.load(profile, overrides, base_dir=root, rerun=rerun, until=until)
     token = request.get() or str(runtime.flow_run.id)
     verdicts = plans.explain(plan)
-    refuse_cost(plan, verdicts, token, accept_cost)
+    lost = plans.costly_reruns(plan, verdicts, [name for name in plan.jobs if pending(plan, name, token)])
+    if lost and not accept_cost:
+        raise CostRefused(f"{'; '.join(lost)}. Set accept_cost if that is meant")
     rendezvous.refuse_loopback(plan.runtime)
     plans.remember(plan)
     log, screen = get_run_logger(), terminal.get()
@@ -183,8 +186,8 @@ def train(
         copies.finish()
     if screen is not None:
         screen.sum_up()
-    if "report" in plan.jobs:
-        publish_report(plan.jobs["report"].path)
+    if plan.report is not None:
+        publish_report(plan.jobs[plan.report].path)
     return {name: result_of(job.path) for name, job in plan.jobs.items()}
 
 
@@ -203,23 +206,11 @@ def record(plan: Plan, name: str, metrics: Metrics) -> dict[str, Any]:
     }
 
 
-def refuse_cost(plan: Plan, verdicts: dict[str, plans.Verdict], token: str, accepted: bool) -> None:
-    lost = {row: s for row, s in plans.wasted(plan, verdicts).items() if pending(plan, row, token)}
-    if accepted or sum(lost.values()) <= DEAR_SECONDS:
-        return
-    each = "; ".join(
-        f"{row} runs again ({verdicts[row].why}), {span(s)} go unused" for row, s in lost.items()
-    )
-    raise CostRefused(
-        f"{each}. Set accept_cost if that is meant; the old artefacts stay in {plan.runtime.base_dir}"
-    )
-
-
 def run_here(
     plan: Plan, overrides: Sequence[str], rerun: Sequence[str], until: str | None, token: str
 ) -> dict[str, Metrics]:
     """The flow in this process, seen at this terminal; its cost has been accepted."""
-    terminal.set(Terminal())
+    terminal.set(RunDisplay())
     request.set(token)
     try:
         result = speedrun(

@@ -17,7 +17,7 @@ from nanochat_core.stages import (
     tokenizer_eval,
 )
 
-WORK = (
+STAGES = (
     Stage("assets", assets, version=2),  # 2: rows are held out of training for validation
     Stage(
         "shards_head", shards
@@ -32,12 +32,16 @@ WORK = (
         ranks="all",
         device=True,
         version=2,  # 2: packing cuts the oldest document
+        trains="base",
+        shows=("params", "tokens", "flops", "val_bpb_start", "val_bpb"),
     ),
     Stage(
         "base_loss",
         base_loss,
         reads={"model": "pretrain", "tokenizer": "tokenizer", "text": "shards"},
         device=True,
+        measures="base",
+        shows=("val_bpb",),
     ),
     Stage(
         "base_eval",
@@ -45,6 +49,7 @@ WORK = (
         reads={"model": "pretrain", "tokenizer": "tokenizer", "assets": "assets"},
         ranks="all",
         device=True,
+        measures="base",
     ),
     Stage(
         "mid",
@@ -52,6 +57,7 @@ WORK = (
         reads={"model": "pretrain", "tokenizer": "tokenizer", "assets": "assets"},
         ranks="all",
         device=True,
+        trains="mid",
     ),
     Stage(
         "mid_eval",
@@ -59,6 +65,7 @@ WORK = (
         reads={"model": "mid", "tokenizer": "tokenizer", "assets": "assets"},
         ranks="all",
         device=True,
+        measures="mid",
     ),
     Stage(
         "sft",
@@ -66,6 +73,7 @@ WORK = (
         reads={"model": ("mid", "pretrain"), "tokenizer": "tokenizer", "assets": "assets"},
         ranks="all",
         device=True,
+        trains="sft",
     ),
     Stage(
         "sft_eval",
@@ -73,6 +81,7 @@ WORK = (
         reads={"model": "sft", "tokenizer": "tokenizer", "assets": "assets"},
         ranks="all",
         device=True,
+        measures="sft",
     ),
     Stage(
         "rl",
@@ -80,6 +89,7 @@ WORK = (
         reads={"model": "sft", "tokenizer": "tokenizer", "assets": "assets"},
         ranks="all",
         device=True,
+        trains="rl",
     ),
     Stage(
         "rl_eval",
@@ -87,6 +97,7 @@ WORK = (
         reads={"model": "rl", "tokenizer": "tokenizer", "assets": "assets"},
         ranks="all",
         device=True,
+        measures="rl",
     ),
     Stage(
         "export",
@@ -94,9 +105,5 @@ WORK = (
         reads={"model": ("rl", "sft"), "tokenizer": "tokenizer"},
         gathers=("base_loss", "base_eval", "mid_eval", "sft_eval", "rl_eval"),
     ),
+    Stage("report", report, gathers="all", reports=True),
 )
-
-# The report reads whatever was run.
-STAGES = (*WORK, Stage("report", report, gathers=tuple(stage.name for stage in WORK)))
-
-BY_NAME = {stage.name: stage for stage in STAGES}

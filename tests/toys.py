@@ -4,7 +4,6 @@ import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,16 @@ TOY = Path(__file__).parent / "toy"
 PROFILE = TOY / "toy.toml"
 
 
-def toy_table() -> Any:
-    spec = spec_from_file_location("toy_table", TOY / "table.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make(made: plans.Plan, *only: str) -> None:
+    """Every row in order, or these, in this process: for tests of what comes after."""
+    before = signal.getsignal(signal.SIGTERM)
+    for name in only or made.jobs:
+        job = made.jobs[name]
+        job.path.mkdir(parents=True, exist_ok=True)
+        store.write_json(job.path / "job.json", launch.describe(made, name, None))
+        launch.execute(job.path / "job.json")
+    signal.signal(signal.SIGTERM, before)
+    plans.remember(made)
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,8 @@ class Toy:
         plans.remember(made)
         return worked
 
-    def make(self, made: plans.Plan) -> None:
-        """Every row in order, in this process: for tests of what comes after."""
-        before = signal.getsignal(signal.SIGTERM)
-        for name, job in made.jobs.items():
-            job.path.mkdir(parents=True, exist_ok=True)
-            store.write_json(job.path / "job.json", launch.describe(made, name, None))
-            launch.execute(job.path / "job.json")
-        signal.signal(signal.SIGTERM, before)
-        plans.remember(made)
+    def make(self, made: plans.Plan, *only: str) -> None:
+        make(made, *only)
 
     def starts(self, made: plans.Plan, name: str) -> list[str]:
         """The step each attempt at a training stage began with."""

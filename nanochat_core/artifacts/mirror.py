@@ -20,7 +20,7 @@ from nanochat_core.artifacts.stage import Job, Runtime
 
 AWAY_SECONDS = 60.0  # a mirror that did not answer is not asked again for so long
 KEEP = 2  # checkpoints of an unfinished stage
-RECORDS = ("job.json", "attempts.jsonl", "machine.jsonl", "metrics.jsonl", "log.txt")
+RECORDS = ("job.json", "attempts.jsonl", "machine.jsonl", "metrics.jsonl", "transcript.jsonl", "log.txt")
 # Of the s3 driver, unless fsspec's own configuration says otherwise: an address that does not answer is known
 # after seconds, not minutes.
 IMPATIENT = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 1}}}
@@ -68,7 +68,7 @@ class Mirror:
                 f"{url} cannot be a mirror ({error}); write it as file:///dir or s3://bucket/prefix"
             ) from None
 
-    def look(self, job: Job) -> Found:
+    def look(self, job: Job[Any]) -> Found:
         """What is there for a job; a mirror that does not answer holds nothing for a while, and says why."""
         if time.monotonic() < self._away_until:
             return Found(trouble=self.trouble)
@@ -81,7 +81,7 @@ class Mirror:
 
     # To the mirror.
 
-    def push(self, job: Job) -> bool:
+    def push(self, job: Job[Any]) -> bool:
         """Copy a finished artefact with the shared files it relies on; False if it is there already (or a
         later one is)."""
         base_dir = job.runtime.base_dir
@@ -104,7 +104,7 @@ class Mirror:
         self._remove(self._at(job, "checkpoints"))
         return True
 
-    def push_checkpoint(self, job: Job, folder: Path) -> bool:
+    def push_checkpoint(self, job: Job[Any], folder: Path) -> bool:
         """Copy a whole checkpoint, and the records that a resumed stage reads; False if it is there."""
         step = step_of(folder)
         if step in self._steps(job):
@@ -134,7 +134,7 @@ class Mirror:
 
     # From the mirror.
 
-    def fetch(self, job: Job, result: Mapping[str, Any]) -> None:
+    def fetch(self, job: Job[Any], result: Mapping[str, Any]) -> None:
         """Bring a finished artefact: checked file by file beside its place, then put there by rename."""
         base_dir = job.runtime.base_dir
         part = job.path.with_name(job.path.name + ".part")  # a broken-off attempt's good files are kept
@@ -155,7 +155,7 @@ class Mirror:
         store.sync_directory(job.path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
-    def fetch_checkpoint(self, job: Job, step: int, inputs: Mapping[str, str]) -> bool:
+    def fetch_checkpoint(self, job: Job[Any], step: int, inputs: Mapping[str, str]) -> bool:
         """Bring a checkpoint and its records; False if it was made from other inputs than these (role ->
         content)."""
         name = f"step_{step:08d}"
@@ -180,10 +180,10 @@ class Mirror:
 
     # What a file system does.
 
-    def _at(self, job: Job, name: str) -> str:
+    def _at(self, job: Job[Any], name: str) -> str:
         return f"{self.root}/{job.stage}/{job.fingerprint}/{name}"
 
-    def _json(self, job: Job, name: str) -> dict[str, Any] | None:
+    def _json(self, job: Job[Any], name: str) -> dict[str, Any] | None:
         try:
             found = json.loads(self.fs.cat_file(self._at(job, name)))
         except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
@@ -191,7 +191,7 @@ class Mirror:
         known = isinstance(found, dict) and "files" in found and found.get("format", 0) <= store.FORMAT
         return found if known and found.get("seal", store.seal(found)) == store.seal(found) else None
 
-    def _steps(self, job: Job) -> list[int]:
+    def _steps(self, job: Job[Any]) -> list[int]:
         try:
             names = self.fs.ls(self._at(job, "checkpoints"), detail=False)
         except (FileNotFoundError, NotADirectoryError):

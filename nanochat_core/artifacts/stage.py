@@ -8,11 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanochat_core.artifacts import store
+from nanochat_core.artifacts.planned import Estimate, Planned, Speed
 
 Metrics = dict[str, float | int | str | None]
 """What a stage reports: flat, and written as it is into result.json."""
@@ -22,19 +23,29 @@ class Interrupted(Exception):
     """The stage was told to stop and has saved what it had; running it again goes on from there."""
 
 
+class Later:
+    """Marks a key that recipes got after results had been made without it: at its default it is left out of a
+    fingerprint, so theirs hold."""
+
+
 class Recipe(BaseModel):
     """The base of every stage's Config: what decides the result. An unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def facts(self, configs: "Mapping[str, Any]") -> dict[str, float]:
-        """What arithmetic says of this stage before it runs (params, steps, tokens, flops), given all rows'
-        configs."""
+    def facts(self, stage: Planned) -> dict[str, float]:
+        """What arithmetic says of this stage before it runs: params, steps, tokens, flops."""
         return {}
 
-    def check(self, row: str, configs: "Mapping[str, Any]", ranks: int) -> None:
-        """Refuse what could only fail later, given all rows' configs and how many processes will share the
-        work."""
+    def check(self, stage: Planned, ranks: int) -> None:
+        """Refuse what could only fail later, given how many processes will share the work."""
+
+    def estimate(self, stage: Planned, speed: Speed) -> Estimate | None:
+        """How long the work takes on a machine of this speed; None if the recipe does not say."""
+        return None
+
+
+C = TypeVar("C", bound=Recipe, covariant=True)
 
 
 class Runtime(BaseModel):
@@ -65,6 +76,10 @@ class Runtime(BaseModel):
     price_per_kwh: float | None = Field(None, ge=0)  # in your currency; the report reckons each stage's cost
     price_per_hour: float | None = Field(None, ge=0)  # of a rented machine
     keep_checkpoints: int = Field(2, ge=1)  # of an unfinished stage; a finished one keeps only its weights
+    # Pairs of neighbouring checkpoints to keep for `nanochat audit`, evenly over a training stage; they stay
+    # when it is finished. A pair is twice the size of a checkpoint.
+    audit_stretches: int = Field(0, ge=0)
+    stop_step: int | None = Field(None, ge=1)  # save there and end as if told to, as an audit's replay does
     mirror: str | None = None  # an fsspec URL that takes copies, from which another machine goes on
 
     @property
@@ -74,15 +89,16 @@ class Runtime(BaseModel):
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[C]):
     """A stage bound to a recipe, to the finished directories it reads and to its own."""
 
     stage: str
-    config: Any  # the stage's own Config; each run() names its type
+    config: C
     inputs: Mapping[str, Path]
     path: Path
     runtime: Runtime
     fingerprint: str
+    rows: Mapping[str, "Stage"] = field(default_factory=dict, compare=False)  # of the table, by role
     shared: set[Path] = field(default_factory=set, compare=False)
     origins: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -113,7 +129,7 @@ class StageModule(Protocol):
     @property
     def Config(self) -> type[Recipe]: ...
 
-    def run(self, cfg: Any, job: Job) -> Metrics: ...
+    def run(self, cfg: Any, job: Job[Any]) -> Metrics: ...
 
 
 @dataclass(frozen=True)
@@ -122,23 +138,36 @@ class Stage:
     keeps does.
 
     `gathers` lists rows that are read if the profile keeps them and are not missed otherwise. `version` is
-    raised when the code's meaning changes, so that artefacts made before are made again.
+    raised when the code's meaning changes, so that artefacts made before are made again. A stage that
+    `trains` leaves a model that `chat` opens; the report puts its numbers, and those of the stages that
+    `measure` the model, under the name given here: `sft/val_bpb`, `sft/chatcore`.
     """
 
     name: str
     module: StageModule
     reads: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    gathers: tuple[str, ...] = ()
+    gathers: tuple[str, ...] | Literal["all"] = ()  # all: every row before it
     ranks: Literal["one", "all"] = "one"
     device: bool = False  # wants the accelerator to itself
     version: int = 1
+    optional: bool = False  # only in the profiles that switch it on
+    trains: str = ""
+    measures: str = ""
+    shows: tuple[str, ...] = ()  # metrics that the report puts there; none named: its choice
+    reports: bool = False  # leaves report.md and report.html
+    file: Path | None = None  # of a user, and the digest of its source
+    digest: str = ""
 
 
 def canonical(value: Any, where: str = "recipe") -> Any:
     """The value as plain JSON data, or an error: anything without one stable spelling would fork fingerprints
     silently."""
     if isinstance(value, BaseModel):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
+        value = {
+            name: getattr(value, name)
+            for name, key in type(value).model_fields.items()
+            if Later not in key.metadata or getattr(value, name) != key.default
+        }
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -157,12 +186,13 @@ def canonical(value: Any, where: str = "recipe") -> Any:
 
 
 def fingerprint(stage: Stage, config: Recipe, inputs: Mapping[str, str]) -> str:
-    """The identity of a result: stage, version, recipe and the identities of what it reads. 20 hex digits."""
+    """The identity of a result: stage, version, recipe and the identities of what it reads; of a user's stage
+    also its source. 20 hex digits."""
     identity = {
         "stage": stage.name,
         "version": stage.version,
         "config": canonical(config, stage.name),
         "inputs": dict(inputs),
-    }
+    } | ({"source": stage.digest} if stage.digest else {})
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:20]

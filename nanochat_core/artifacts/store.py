@@ -27,6 +27,8 @@ PRIVATE = {
     "log.txt",
 }  # of a job's directory, but not of its artefact
 SCRATCH = ("checkpoints", "partial")  # what an attempt leaves for the next one; gone once the stage is done
+AUDITS = "audits"  # checkpoints kept for `nanochat audit`, no part of the artefact
+OF_THE_RUN = {"metrics.jsonl", "transcript.jsonl"}  # times and hosts, so no part of what an artefact holds
 
 
 class Damaged(ValueError):
@@ -37,8 +39,9 @@ class Newer(ValueError):
     """An artefact was written by a later version of this program."""
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a power cut, never sees half of it."""
+def write_whole(path: Path, data: bytes | str, *, sync: bool = True) -> None:
+    """Write a file so that a reader, or a power cut, never sees half of it. Without `sync` a power cut may
+    undo the rename until somebody syncs the directory."""
     # Several processes, and threads of one, may write the same record at once.
     part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     with part.open("wb") as f:
@@ -46,11 +49,12 @@ def write_whole(path: Path, data: bytes | str) -> None:
         f.flush()
         os.fsync(f.fileno())
     part.replace(path)
-    sync_directory(path.parent)
+    if sync:
+        sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n", sync=sync)
 
 
 def sync_directory(path: Path) -> None:
@@ -72,7 +76,9 @@ def artefact_files(directory: Path) -> list[Path]:
     found = []
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory)
-        scratch = relative.parts[0] in SCRATCH or str(relative) in PRIVATE or path.name.endswith(".part")
+        scratch = (
+            relative.parts[0] in (*SCRATCH, AUDITS) or str(relative) in PRIVATE or path.name.endswith(".part")
+        )
         if path.is_file() and not scratch:
             found.append(relative)
     return found
@@ -226,11 +232,20 @@ def content(result: Mapping[str, Any]) -> str:
     """A digest of what an artefact holds, so that what was made from it can tell whether it is still the
     same.
 
-    The progress log is left out: it carries times.
+    The progress log and the transcript are left out: they carry times.
     """
-    hashes = {name: want["sha256"] for name, want in result["files"].items() if name != "metrics.jsonl"}
+    hashes = {name: want["sha256"] for name, want in result["files"].items() if name not in OF_THE_RUN}
     hashes |= {name: want["sha256"] for name, want in result.get("shared", {}).items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def code_digest() -> str:
+    """A digest of this library's source, so that an artefact can say it was made by other code."""
+    h = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        h.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return h.hexdigest()[:20]
 
 
 def read_attempts(directory: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nanochat_core.chat.conversation import Piece, Reader
+from nanochat_core.chat.conversation import AnswerDelta, Detokenizer
 from nanochat_core.chat.metrics import Measured
 from nanochat_core.chat.schema import ApiError, ChatShape, CompletionShape
 from nanochat_core.chat.serving import Failed, Ticket
@@ -18,11 +18,11 @@ from nanochat_core.chat.serving import Failed, Ticket
 T = TypeVar("T")
 
 
-class Answer:
+class StreamedAnswer:
     """A ticket read as text, up to a stop sequence if one is asked for."""
 
     def __init__(
-        self, ticket: Ticket, reader: Reader, stops: list[str], seconds: float, measured: Measured
+        self, ticket: Ticket, reader: Detokenizer, stops: list[str], seconds: float, measured: Measured
     ) -> None:
         self._ticket, self._reader, self._stops, self._seconds = ticket, reader, stops, seconds
         self._measured = measured
@@ -31,7 +31,7 @@ class Answer:
         self.finish = ""
         measured.prompt_tokens += len(ticket.prompt)
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
+    async def pieces(self) -> AsyncIterator[list[AnswerDelta]]:
         try:
             async for tokens in self._ticket.tokens(self._seconds):
                 if self._ticket.made and self._ticket.made == len(tokens):
@@ -46,7 +46,7 @@ class Answer:
                     return
             self.finish = self._ticket.finish or "stop"
             if self._held:
-                yield [Piece("text", self._held)]
+                yield [AnswerDelta("text", self._held)]
         except TimeoutError:
             self.finish = "timeout"
             raise ApiError(504, f"the answer took more than {self._seconds:g} s", "timeout") from None
@@ -54,7 +54,7 @@ class Answer:
             self.finish = "error"
             raise ApiError(503, f"the model has failed: {error}", "failed") from None
 
-    async def all(self) -> list[Piece]:
+    async def all(self) -> list[AnswerDelta]:
         return [piece async for some in self.pieces() for piece in some]
 
     def usage(self) -> dict[str, int]:
@@ -66,35 +66,35 @@ class Answer:
             self._ticket.close()
             self._measured.answers[self.finish or "cancelled"] += 1
 
-    def _cut(self, pieces: list[Piece]) -> list[Piece]:
+    def _cut(self, pieces: list[AnswerDelta]) -> list[AnswerDelta]:
         """The pieces up to a stop sequence; what may yet become one is held back."""
         if not self._stops:
             return pieces
-        free: list[Piece] = []
+        free: list[AnswerDelta] = []
         for kind, text in pieces:
             if kind != "text":
-                free += [Piece("text", self._held)] * bool(self._held) + [Piece(kind, text)]
+                free += [AnswerDelta("text", self._held)] * bool(self._held) + [AnswerDelta(kind, text)]
                 self._held = ""
                 continue
             text = self._held + text
             places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
             if places:
                 self.finish, self._held = "stop", ""
-                return [*free, Piece("text", text[: min(places)])]
+                return [*free, AnswerDelta("text", text[: min(places)])]
             held = max(
                 (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
             )
             self._held = text[len(text) - held :]
-            free.append(Piece("text", text[: len(text) - held]))
+            free.append(AnswerDelta("text", text[: len(text) - held]))
         return [piece for piece in free if piece.text]
 
 
-def joined(pieces: list[Piece]) -> list[Piece]:
+def joined(pieces: list[AnswerDelta]) -> list[AnswerDelta]:
     """The same text in fewer pieces."""
-    whole: list[Piece] = []
+    whole: list[AnswerDelta] = []
     for piece in pieces:
         if piece.kind == "text" and whole and whole[-1].kind == "text":
-            whole[-1] = Piece("text", whole[-1].text + piece.text)
+            whole[-1] = AnswerDelta("text", whole[-1].text + piece.text)
         else:
             whole.append(piece)
     return whole
@@ -103,7 +103,7 @@ def joined(pieces: list[Piece]) -> list[Piece]:
 class Stream(StreamingResponse):
     """Server-sent events. The row is freed however this ends, even if the client left before it began."""
 
-    def __init__(self, answer: Answer, events: AsyncIterator[str]) -> None:
+    def __init__(self, answer: StreamedAnswer, events: AsyncIterator[str]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._answer = answer
@@ -115,7 +115,9 @@ class Stream(StreamingResponse):
             self._answer.close()
 
 
-async def events(answer: Answer, shape: ChatShape | CompletionShape, usage: bool) -> AsyncIterator[str]:
+async def events(
+    answer: StreamedAnswer, shape: ChatShape | CompletionShape, usage: bool
+) -> AsyncIterator[str]:
     try:
         if isinstance(shape, ChatShape):
             yield _event(shape.first())

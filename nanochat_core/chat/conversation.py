@@ -13,7 +13,7 @@ DEFAULT = Sampling(temperature=0.6, top_k=50, max_tokens=512)
 Kind = Literal["text", "python", "python_output"]
 
 
-class Piece(NamedTuple):
+class AnswerDelta(NamedTuple):
     """Some more of an answer: its words, a call it makes, or what the tool said."""
 
     kind: Kind
@@ -40,7 +40,7 @@ def fit(tokenizer: Tokenizer, messages: Sequence[Message], context: int, answer:
         turns = turns[2:]
 
 
-class Reader:
+class Detokenizer:
     """Reads an answer token by token; gives text as soon as, and only when, its characters are whole."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -55,7 +55,7 @@ class Reader:
         self._kind: Kind = "text"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def read(self, token: int) -> list[Piece]:
+    def read(self, token: int) -> list[AnswerDelta]:
         if token in self._switch:
             rest = self.end()
             self._kind = self._switch[token]
@@ -63,16 +63,16 @@ class Reader:
         if token in self._specials:  # a turn's marker in the middle of an answer has no text
             return []
         text = self._decoder.decode(self._tokenizer.decode_bytes([token]))
-        return [Piece(self._kind, text)] if text else []
+        return [AnswerDelta(self._kind, text)] if text else []
 
-    def end(self) -> list[Piece]:
+    def end(self) -> list[AnswerDelta]:
         """What is left: a character that was never finished shows as U+FFFD."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
-        return [Piece(self._kind, text)] if text else []
+        return [AnswerDelta(self._kind, text)] if text else []
 
 
-def parts(pieces: Iterable[Piece]) -> list[Part]:
+def parts(pieces: Iterable[AnswerDelta]) -> list[Part]:
     """The pieces of an answer as the parts of a message, ready to be history."""
     joined: list[Part] = []
     for kind, text in pieces:

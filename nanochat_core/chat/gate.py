@@ -22,7 +22,7 @@ Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one client may ask for."""
 
     body: int = 1 << 20  # bytes of a request
@@ -36,7 +36,7 @@ class Limits:
 class Gate:
     """Turns away requests for another host, and bodies that are too large or too slow to arrive."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, hosts: Sequence[str] | None) -> None:
+    def __init__(self, app: ASGIApp, limits: RequestLimits, hosts: Sequence[str] | None) -> None:
         self._app, self._limits, self._hosts = app, limits, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -10,7 +10,7 @@ from fastapi import HTTPException
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationInfo, field_validator
 
 from nanochat_core.chat import conversation
-from nanochat_core.chat.conversation import DEFAULT, Piece
+from nanochat_core.chat.conversation import DEFAULT, AnswerDelta
 from nanochat_core.infer.sampling import Sampling
 from nanochat_core.tokenizer import render
 
@@ -183,7 +183,7 @@ class Shape:
 
 
 class ChatShape(Shape):
-    def whole(self, pieces: list[Piece], finish: str, usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, pieces: list[AnswerDelta], finish: str, usage: dict[str, int]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces if piece.kind == "text")
         message: dict[str, Any] = {"role": "assistant", "content": text}
         if any(piece.kind != "text" for piece in pieces):
@@ -191,7 +191,7 @@ class ChatShape(Shape):
         choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
         return self._with("chat.completion", choice) | {"usage": usage}
 
-    def chunk(self, piece: Piece | None, finish: str | None) -> dict[str, Any]:
+    def chunk(self, piece: AnswerDelta | None, finish: str | None) -> dict[str, Any]:
         delta: dict[str, Any] = {}
         if piece is not None and piece.kind == "text":
             delta = {"content": piece.text}
@@ -215,11 +215,11 @@ class ChatShape(Shape):
 
 
 class CompletionShape(Shape):
-    def whole(self, pieces: list[Piece], finish: str, usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, pieces: list[AnswerDelta], finish: str, usage: dict[str, int]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         return self._with(text, finish) | {"usage": usage}
 
-    def chunk(self, piece: Piece | None, finish: str | None) -> dict[str, Any]:
+    def chunk(self, piece: AnswerDelta | None, finish: str | None) -> dict[str, Any]:
         return self._with("" if piece is None else piece.text, finish)
 
     def _with(self, text: str, finish: str | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nanochat_core.artifacts.store import write_whole
-from nanochat_core.chat.conversation import DEFAULT, Piece, Reader, fit, parts
+from nanochat_core.chat.conversation import DEFAULT, AnswerDelta, Detokenizer, fit, parts
 from nanochat_core.chat.writers import writer
 from nanochat_core.infer.engine import Engine
 from nanochat_core.infer.load import Loaded
@@ -99,12 +99,12 @@ class Session:
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         prompt = fit(tokenizer, messages, self._engine.context, self.sampling.max_tokens)
         seed = secrets.randbits(32) if self._seed is None else self._seed + len(messages)
-        pieces: list[Piece] = []
+        pieces: list[AnswerDelta] = []
         page = writer(self.page)
         note = ""
         with contextlib.closing(self._engine.stream(prompt, self.sampling._replace(seed=seed))) as stream:
             try:
-                for piece in _read(Reader(tokenizer), stream):
+                for piece in _read(Detokenizer(tokenizer), stream):
                     page.write(piece)
                     pieces.append(piece)
             except KeyboardInterrupt:
@@ -152,7 +152,7 @@ class Session:
         self.console.print(f"saved to {path}", style="dim", markup=False)
 
 
-def _read(reader: Reader, tokens: Iterator[int]) -> Iterator[Piece]:
+def _read(reader: Detokenizer, tokens: Iterator[int]) -> Iterator[AnswerDelta]:
     for token in tokens:
         yield from reader.read(token)
     yield from reader.end()

@@ -11,9 +11,9 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from nanochat_core.chat import page
-from nanochat_core.chat.answer import Answer, Stream, events, unless_gone
-from nanochat_core.chat.conversation import Reader, fit
-from nanochat_core.chat.gate import LOCAL, Gate, Limits, key_check, tell_errors_in_openais_shape
+from nanochat_core.chat.answer import Stream, StreamedAnswer, events, unless_gone
+from nanochat_core.chat.conversation import Detokenizer, fit
+from nanochat_core.chat.gate import LOCAL, Gate, RequestLimits, key_check, tell_errors_in_openais_shape
 from nanochat_core.chat.metrics import Measured, prometheus
 from nanochat_core.chat.schema import (
     ApiError,
@@ -41,13 +41,13 @@ def create_app(
     name: str,
     *,
     token: str | None = None,
-    limits: Limits | None = None,
+    limits: RequestLimits | None = None,
     hosts: Sequence[str] | None = LOCAL,
     facts: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """The application for one engine. `hosts`: the names it answers to, so that no page of another site can
     reach it under a name of its own; None: any. `facts`: more about the model, for /v1/models."""
-    limits = limits or Limits()
+    limits = limits or RequestLimits()
     batcher = Batcher(engine, places=limits.places)
     measured = Measured()
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
@@ -139,7 +139,9 @@ def create_app(
             raise ApiError(503, f"the model has failed: {error}", "failed") from None
         except ValueError as error:
             raise ApiError(400, str(error), "context_length_exceeded") from None
-        answer = Answer(ticket, Reader(engine.tokenizer), asked.stops(), limits.seconds, measured)
+        answer = StreamedAnswer(
+            ticket, Detokenizer(engine.tokenizer), asked.stops(), limits.seconds, measured
+        )
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             return Stream(answer, events(answer, shape, usage))
@@ -166,7 +168,7 @@ def serve(
     port: int = 8000,
     token: str | None = None,
     rows: int = 16,
-    limits: Limits | None = None,
+    limits: RequestLimits | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve until Ctrl-C. ValueError if the port is taken; port 0 takes any free one."""

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-from nanochat_core.chat.conversation import Kind, Piece
+from nanochat_core.chat.conversation import AnswerDelta, Kind
 
 # What a model writes must not steer the terminal: control characters but newline and tab are shown as U+FFFD.
 CONTROL = {code: "\ufffd" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
@@ -22,7 +22,7 @@ FENCE = re.compile(r" {0,3}(```+|~~~+)")
 
 
 class Writer(Protocol):
-    def write(self, piece: Piece) -> None: ...
+    def write(self, piece: AnswerDelta) -> None: ...
 
     def end(self, note: str = "") -> None: ...
 
@@ -40,7 +40,7 @@ class Plain:
         self._file = console.file
         self._kind: Kind = "text"
 
-    def write(self, piece: Piece) -> None:
+    def write(self, piece: AnswerDelta) -> None:
         self._say(_mark(self._kind, piece.kind, "[", "]") + piece.text.translate(CONTROL))
         self._kind = piece.kind
 
@@ -65,7 +65,7 @@ class Typeset:
         self._live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop")
         self._live.start()
 
-    def write(self, piece: Piece) -> None:
+    def write(self, piece: AnswerDelta) -> None:
         text = piece.text.translate(CONTROL)
         if piece.kind != "text":  # within the backticks of a call
             text = text.replace("`", "'").replace("\n", " ")

@@ -12,12 +12,14 @@ from nanochat_core.cli.options import (
     BaseDir,
     Profile,
     Sets,
+    Stages,
     Until,
     command,
     load_plan,
     resolved,
     table,
     with_base,
+    with_stages,
 )
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ def status(
 def verify(
     profile: Profile,
     set_: Sets = None,
+    stage_: Stages = None,
     until: Until = None,
     discard: Annotated[
         bool, typer.Option("--discard", help="set damaged artefacts aside; the next run makes them again")
@@ -99,6 +102,7 @@ def verify(
     """Check the hash of every file of every artefact."""
     from nanochat_core.artifacts import store
 
+    set_ = with_stages(set_, stage_)
     made = load_plan(profile, set_, None, until, resolved(base_dir))
     rows: dict[str, str] = {}
     for name, job in made.jobs.items():
@@ -152,12 +156,12 @@ def report(
 ) -> None:
     """Print the report of a profile's latest run."""
     from nanochat_core.artifacts import store
-    from nanochat_core.runner.plan import latest_run
+    from nanochat_core.runner.plan import latest_run, latest_table
 
     root = resolved(base_dir)
-    jobs = latest_run(root, profile) or {}
-    directory = root / "report" / jobs.get("report", "none")
-    if "report" not in jobs or store.verify(directory, root) is None:
+    jobs, rows = latest_run(root, profile) or {}, latest_table(root, profile)
+    directory = next((root / row / jobs[row] for row in rows if rows[row].reports and row in jobs), None)
+    if directory is None or store.verify(directory, root) is None:
         make = with_base(f"nanochat run {profile or 'cpu-demo'}", base_dir)
         raise ValueError(f"there is no report yet; make it: {make}")
     print((directory / "report.md").read_text())

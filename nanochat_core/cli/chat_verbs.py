@@ -31,12 +31,13 @@ def chat(
     """Talk to a trained model in the terminal."""
     model_directory(model, base_dir)  # before torch is loaded
     from nanochat_core.chat.terminal import run_terminal
+    from nanochat_core.runner.models import load
 
-    def load(name: str | None) -> "Loaded":
-        return loaded(name or model, device, base_dir)
+    def loaded(name: str | None) -> "Loaded":
+        return load(name or model, device=device, base_dir=base_dir)
 
     run_terminal(
-        load, prompt=prompt, temperature=temperature, top_k=top_k or None, max_tokens=max_tokens, seed=seed
+        loaded, prompt=prompt, temperature=temperature, top_k=top_k or None, max_tokens=max_tokens, seed=seed
     )
 
 
@@ -52,10 +53,10 @@ def serve(
     model_directory(model, base_dir)
     free_port(host, port)  # before a model is loaded for it
     from nanochat_core.chat.web import serve
+    from nanochat_core.runner.models import load
 
-    serve(
-        loaded(model, device, base_dir), host=host, port=port, token=token, say=partial(say, out=sys.stdout)
-    )
+    loaded = load(model, device=device, base_dir=base_dir)
+    serve(loaded, host=host, port=port, token=token, say=partial(say, out=sys.stdout))
 
 
 class Dtype(StrEnum):
@@ -89,10 +90,11 @@ def export(
     from nanochat_core.infer.exported import export, is_exported, push_to_hub
     from nanochat_core.infer.load import tokenizer_directory
     from nanochat_core.infer.model_card import measured
-    from nanochat_core.pipeline import BY_NAME
+    from nanochat_core.runner.plan import latest_table
 
     tokenizer = source if is_exported(source) else tokenizer_directory(source)
-    results = measured(source, BY_NAME["export"].gathers)
+    rows = latest_table(resolved(base_dir))
+    results = measured(source, [row for row in rows if rows[row].measures])
     title = name or directory.resolve().name
     params = export(
         source, tokenizer, directory, dtype=getattr(torch, dtype.value), results=results, name=title
@@ -103,24 +105,9 @@ def export(
 
 
 def model_directory(model: str | None, base_dir: Path) -> Path:
-    from nanochat_core.runner.plan import latest_run
     from nanochat_core.runner.status import find_model
 
-    root = resolved(base_dir)
-    return find_model(root, model, latest_run(root))
-
-
-def loaded(model: str | None, device: str, base_dir: Path) -> "Loaded":
-    """A MODEL ready to talk, under the name the user knows it by."""
-    import torch
-
-    from nanochat_core.infer.load import Loaded, load_chat
-
-    directory = model_directory(model, base_dir)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = directory.parent.name if (directory / "job.json").exists() else directory.name
-    return Loaded(name, *load_chat(directory, device))
+    return find_model(resolved(base_dir), model)
 
 
 def free_port(host: str, port: int) -> None:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nanochat_core.cli.options import HOME, AsJson, BaseDir, Sets, command, load_plan, resolved, table
+from nanochat_core.cli.options import (
+    HOME,
+    AsJson,
+    BaseDir,
+    Sets,
+    Stages,
+    command,
+    load_plan,
+    resolved,
+    table,
+    with_stages,
+)
 
 if TYPE_CHECKING:
     from nanochat_core.runner.doctor import Line
@@ -18,6 +29,7 @@ def doctor(
         str | None, typer.Argument(help="what it should carry; the one that fits, if none is named")
     ] = None,
     set_: Sets = None,
+    stage_: Stages = None,
     base_dir: BaseDir = HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -29,6 +41,7 @@ def doctor(
 
     fits = "dgx-spark" if any("GB10" in gpu.name for gpu in gpus()[0]) else "cpu-demo"
     name = profile or fits
+    set_ = with_stages(set_, stage_)
     plan = load_plan(name, set_, None, None, resolved(base_dir))
     found = examine(plan, explain(plan), more=service_lines(resolved(base_dir)))
     states = [line.state for line in found.lines]

@@ -29,7 +29,7 @@ def core(
     """Evaluate a base model on the tasks of CORE: ours, or any causal language model of transformers."""
     root = resolved(base_dir)
     files = bundle.expanduser() if bundle is not None else bundle_of_latest_run(root, base_dir)
-    name = named_model(root, model or "pretrain")
+    name = named_model(root, model)
 
     from nanochat_core.eval import bench
     from nanochat_core.report.published import core_name
@@ -51,15 +51,17 @@ def core(
     print(f"what the run's own model came to: {with_base('nanochat report', base_dir)}")
 
 
-def named_model(root: Path, model: str) -> str:
-    """The directory of a stage of the latest run, or the name as it is, for transformers to find."""
-    from nanochat_core.pipeline import BY_NAME
-    from nanochat_core.runner.plan import latest_run
+def named_model(root: Path, model: str | None) -> str:
+    """The directory of a stage of the latest run, or the name as it is, for transformers to find; the base
+    model if none is named."""
+    from nanochat_core.runner.plan import latest_table
     from nanochat_core.runner.status import find_model
 
-    if Path(model).expanduser().is_dir():
+    if model is not None and Path(model).expanduser().is_dir():
         return str(Path(model).expanduser())
-    return str(find_model(root, model, latest_run(root))) if model in BY_NAME else model
+    table = latest_table(root)
+    model = model or next(row for row in table if table[row].trains)
+    return str(find_model(root, model)) if model in table else model
 
 
 def bundle_of_latest_run(root: Path, base_dir: Path) -> Path:
@@ -67,9 +69,9 @@ def bundle_of_latest_run(root: Path, base_dir: Path) -> Path:
     from nanochat_core.runner.plan import latest_run
     from nanochat_core.stages.assets import BUNDLE
 
-    assets = (latest_run(root) or {}).get("assets")
-    files = root / "assets" / str(assets) / BUNDLE
-    if assets is None or not files.is_dir():
+    places = (root / row / name / BUNDLE for row, name in (latest_run(root) or {}).items())
+    files = next((place for place in places if place.is_dir()), None)
+    if files is None:
         make = with_base("nanochat stage assets cpu-demo", base_dir)
         raise ValueError(f"there are no files of CORE in {root}; name them with --bundle DIR, or try: {make}")
     return files

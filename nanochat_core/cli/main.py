@@ -13,6 +13,7 @@ import typer
 
 from nanochat_core.cli import (
     artifact_verbs,
+    audit_verb,
     chat_verbs,
     data_verbs,
     doctor_verb,
@@ -34,6 +35,7 @@ VERBS = (
     data_verbs.identity,
     artifact_verbs.status,
     artifact_verbs.verify,
+    audit_verb.audit,
     artifact_verbs.gc,
     artifact_verbs.report,
     artifact_verbs.compare,

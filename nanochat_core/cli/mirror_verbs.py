@@ -10,6 +10,7 @@ from nanochat_core.cli.options import (
     BaseDir,
     Profile,
     Sets,
+    Stages,
     Until,
     command,
     load_plan,
@@ -17,6 +18,7 @@ from nanochat_core.cli.options import (
     table,
     usable,
     with_base,
+    with_stages,
 )
 
 INTERRUPTED = 130
@@ -25,6 +27,7 @@ INTERRUPTED = 130
 def mirror(
     profile: Profile,
     set_: Sets = None,
+    stage_: Stages = None,
     until: Until = None,
     to: Annotated[
         str | None,
@@ -36,6 +39,7 @@ def mirror(
     from nanochat_core.artifacts.mirror import of, reason
     from nanochat_core.runner.sync import Copies
 
+    set_ = with_stages(set_, stage_)
     plan = load_plan(profile, [*(set_ or []), *([f"runtime.mirror={to}"] if to else [])], None, until,
                      usable(base_dir))  # fmt: skip
     held = of(plan.runtime)

@@ -1,6 +1,7 @@
 """What the verbs share: their options, where things are kept, and the words they end with."""
 
 import errno
+import json
 import os
 import shlex
 import sys
@@ -20,6 +21,12 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="STAGE.KEY=VALUE", help="change one key of the recipe; repeat for more"),
 ]
+Stages = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stage", metavar="FILE.py:NAME", help="add a stage out of a file of yours; repeat for more"
+    ),
+]
 Reruns = Annotated[
     list[str] | None,
     typer.Option("--rerun", metavar="STAGE", help="make this stage again, and what follows; repeat for more"),
@@ -34,6 +41,7 @@ Model = Annotated[str | None, typer.Argument(help="a stage of the latest run (sf
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document instead of a table")]
 HOME = Path("~/.cache/nanochat")
+STAGES = "profile.stages="
 
 
 def load_plan(
@@ -42,6 +50,15 @@ def load_plan(
     from nanochat_core.runner.plan import load
 
     return load(profile, sets or [], base_dir=base_dir, rerun=rerun or [], until=until)
+
+
+def with_stages(sets: list[str] | None, stages: list[str] | None) -> list[str] | None:
+    """--stage is a --set of the profile's `stages`, with the file named in full."""
+    from nanochat_core.runner.table import located
+
+    if not stages:
+        return sets
+    return [*(sets or []), STAGES + json.dumps([located(source, Path()) for source in stages])]
 
 
 def resolved(base_dir: Path) -> Path:
@@ -71,7 +88,10 @@ def usable(base_dir: Path) -> Path:
 
 
 def options(sets: list[str] | None, rerun: list[str] | None, until: str | None, base_dir: Path) -> str:
-    words = [word for text in sets or [] for word in ("--set", text)]
+    words: list[str] = []
+    for text in sets or []:
+        own = json.loads(text.removeprefix(STAGES)) if text.startswith(STAGES) else None
+        words += ["--set", text] if own is None else [word for one in own for word in ("--stage", one)]
     words += [word for text in rerun or [] for word in ("--rerun", text)]
     words += ["--until", until] if until else []
     words += ["--base-dir", str(base_dir)] if named(base_dir) else []

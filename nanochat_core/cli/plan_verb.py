@@ -14,12 +14,14 @@ from nanochat_core.cli.options import (
     Profile,
     Reruns,
     Sets,
+    Stages,
     Until,
     command,
     load_plan,
     resolved,
     say,
     table,
+    with_stages,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ LONGEST_SECONDS = 3e9  # a century: no calendar is asked about more
 def plan(
     profile: Profile,
     set_: Sets = None,
+    stage_: Stages = None,
     rerun: Reruns = None,
     until: Until = None,
     calibrate: Annotated[
@@ -56,6 +59,7 @@ def plan(
     from nanochat_core.runner.estimate import forecast, needs
     from nanochat_core.runner.plan import by_other_code, explain, wasted
 
+    set_ = with_stages(set_, stage_)
     if compare is not None:
         show_beside(profile, compare, set_ or [], base_dir, as_json)
         return
@@ -144,11 +148,11 @@ def measure(made: "Plan", verdicts: "dict[str, Verdict]", asked: bool | None) ->
 
     if asked:
         calibrate(made, say)
-    if asked is not None or shape_of(made) is None or kept(made) is not None:
+    if asked is not None or made.base is None or shape_of(made) is None or kept(made) is not None:
         return
     timed = latest_run(made.runtime.base_dir, made.profile) is not None
     here = has_cuda(made.runtime) or made.runtime.device != "cuda"
-    if verdicts["pretrain"].state in ("hit", "fetch") or timed or not here or cost(made)[0] > QUICK_SECONDS:
+    if verdicts[made.base].state in ("hit", "fetch") or timed or not here or cost(made)[0] > QUICK_SECONDS:
         return
     if has_cuda(made.runtime):  # compiling for a GPU takes a minute before the first step
         return

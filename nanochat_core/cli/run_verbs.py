@@ -3,7 +3,7 @@
 import sys
 import uuid
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -13,6 +13,7 @@ from nanochat_core.cli.options import (
     Profile,
     Reruns,
     Sets,
+    Stages,
     Until,
     Yes,
     command,
@@ -21,18 +22,16 @@ from nanochat_core.cli.options import (
     say,
     usable,
     with_base,
+    with_stages,
 )
 
-if TYPE_CHECKING:
-    from nanochat_core.runner.plan import Plan, Verdict
-
 INTERRUPTED = 130
-DEAR_SECONDS = 3600.0  # finished training that a changed recipe may leave unused without a question
 
 
 def run(
     profile: Profile,
     set_: Sets = None,
+    stage_: Stages = None,
     rerun: Reruns = None,
     until: Until = None,
     base_dir: BaseDir = HOME,
@@ -42,13 +41,14 @@ def run(
     from flows import server
     from nanochat_core.artifacts.stage import Interrupted
     from nanochat_core.runner.launch import StageFailed, made_by
-    from nanochat_core.runner.plan import explain, remember
+    from nanochat_core.runner.plan import costly_reruns, explain, remember
     from nanochat_core.runner.rendezvous import refuse_loopback
     from nanochat_core.runner.sync import following
 
+    set_ = with_stages(set_, stage_)
     plan = load_plan(profile, set_, rerun, until, usable(base_dir))
     verdicts = explain(plan)
-    guard_cost(plan, verdicts, yes)
+    confirm_cost(costly_reruns(plan, verdicts, plan.jobs), yes)
     refuse_loopback(plan.runtime)
     token = str(uuid.uuid4())
     try:
@@ -67,8 +67,8 @@ def run(
     except (KeyboardInterrupt, Interrupted, StageFailed) as end:
         left = [name for name in rerun or [] if not made_by(plan.jobs[name].path, token)]
         stopped(end, command("run", profile, set_, left, until, base_dir))
-    model = next((row for row in ("rl", "sft") if row in plan.jobs), None)
-    if "report" not in plan.jobs:
+    model = next((row for row in reversed(list(plan.jobs)) if plan.table[row].trains), None)
+    if plan.report is None:
         say(
             f"done, until {until}. Go on: {command('run', profile, set_, None, None, base_dir)}",
             out=sys.stdout,
@@ -76,13 +76,14 @@ def run(
         return
     if model is not None:
         say(f"talk to it: {with_base('nanochat chat ' + model, base_dir)}", out=sys.stdout)
-    say(f"report: {plan.jobs['report'].path / 'report.md'}", out=sys.stdout)
+    say(f"report: {plan.jobs[plan.report].path / 'report.md'}", out=sys.stdout)
 
 
 def stage(
     name: Annotated[str, typer.Argument(help="a row of the table, for example pretrain")],
     profile: Profile,
     set_: Sets = None,
+    stage_: Stages = None,
     rerun: Reruns = None,
     base_dir: BaseDir = HOME,
     yes: Yes = False,
@@ -90,20 +91,21 @@ def stage(
     """Run one stage without Prefect; what it reads and is not there is made first."""
     from nanochat_core.artifacts.stage import Interrupted
     from nanochat_core.runner.launch import StageFailed, launch, result_of
-    from nanochat_core.runner.plan import explain, needed, remember
+    from nanochat_core.runner.plan import costly_reruns, explain, needed, remember
     from nanochat_core.runner.rendezvous import refuse_loopback
+    from nanochat_core.runner.run_display import RunDisplay
     from nanochat_core.runner.sync import following
-    from nanochat_core.runner.terminal import Terminal
 
+    set_ = with_stages(set_, stage_)
     plan = load_plan(profile, set_, rerun, name, usable(base_dir))
     if name not in plan.jobs:
         raise ValueError(f"there is no {name} to run: {plan.left_out[name]}")
     verdicts = explain(plan)
     rows = needed(plan, name, verdicts)
-    guard_cost(plan, {row: verdicts[row] for row in rows}, yes)
+    confirm_cost(costly_reruns(plan, verdicts, rows), yes)
     refuse_loopback(plan.runtime)
     remember(plan)
-    terminal, token = Terminal(), str(uuid.uuid4())
+    terminal, token = RunDisplay(), str(uuid.uuid4())
     again = f"nanochat stage {name} {profile}" + options(set_, None, None, base_dir)
     try:
         with following(plan, say) as copies:
@@ -120,18 +122,11 @@ def stage(
     say(f"next: {command('run', profile, set_, None, None, base_dir)}", out=sys.stdout)
 
 
-def guard_cost(plan: "Plan", verdicts: "dict[str, Verdict]", yes: bool) -> None:
+def confirm_cost(lost: list[str], yes: bool) -> None:
     """Before hours of finished training go unused: say so, and ask."""
-    from nanochat_core.artifacts.progress import span
-    from nanochat_core.runner.plan import wasted
-
-    lost = {name: seconds for name, seconds in wasted(plan, verdicts).items() if name in verdicts}
-    if sum(lost.values()) <= DEAR_SECONDS:
-        return
-    for name, seconds in lost.items():
-        say(f"{name} runs again: {verdicts[name].why}; {span(seconds)} of work stay in "
-            f"{plan.runtime.base_dir / name} but are not used")  # fmt: skip
-    if yes:
+    for line in lost:
+        say(line)
+    if yes or not lost:
         return
     if not sys.stdin.isatty():
         raise ValueError("that is more than an hour of finished work; say --yes if it is meant")

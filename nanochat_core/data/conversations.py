@@ -30,7 +30,7 @@ class _Rendered(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cursor:
+class ConversationCursor:
     """The next conversation to read, and those read but not yet used."""
 
     next: int
@@ -58,6 +58,13 @@ def packed_conversations(
     if n < size:
         raise ValueError(f"{size} ranks cannot share {n} conversations; use fewer ranks or a larger mixture")
     last = None if epochs is None else epochs * n
+    if "ranks" in cursor:  # another number of ranks: what they had not used is dealt out anew
+        places = [(one.get("next", r), one.get("buffer", [])) for r, one in enumerate(cursor["ranks"])]
+        furthest = max(place for place, _ in places)
+        unused = [number for _, held in places for number in held]
+        end = furthest if last is None else min(furthest, last)
+        unused += [number for place, _ in places for number in range(place, end, len(places))]
+        cursor = {"next": furthest + rank, "buffer": sorted(unused)[rank::size]}
     following: int = cursor.get("next", rank)
     buffer: list[_Rendered] = []
 
@@ -103,7 +110,9 @@ def packed_conversations(
         if not filled:
             return
         active = (targets >= 0).float()
-        yield Batch(inputs, targets, active, float(active.sum()), Cursor(following, tuple(buffer)))
+        yield Batch(
+            inputs, targets, active, float(active.sum()), ConversationCursor(following, tuple(buffer))
+        )
 
 
 def tokens_per_epoch(conversations: Conversations, tokenizer: Tokenizer, T: int, sample: int = 2000) -> float:

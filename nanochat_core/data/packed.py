@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from nanochat_core.data.batch import Batch
-from nanochat_core.sources.documents import Reader, Shard
+from nanochat_core.sources.documents import Shard, ShardReader, Texts
 from nanochat_core.tokenizer.bpe import Tokenizer
 
 BUFFER_DOCS = 1000  # documents to choose from
 
 
-class Piece(NamedTuple):
+class BufferedDocument(NamedTuple):
     """A document, or what is left of one, in the buffer."""
 
     length: int  # with its <|bos|>
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
 
 def packed(
-    shards: Sequence[Shard],
+    shards: Sequence[Shard | Texts],
     tokenizer: Tokenizer,
     *,
     rows: int,
@@ -45,9 +45,16 @@ def packed(
     """Batches of `rows` x T that follow `cursor` ({} is the beginning), for ever or for so many epochs.
 
     Rank r of n reads every n-th document. The cursor is exact: what follows it does not depend on where a run
-    was interrupted. After so many epochs the last batch is filled up with targets of -1; the ranks may come
-    to their ends at different batches.
+    was interrupted, unless on another number of ranks: those divide what is left of the epoch anew. After so
+    many epochs the last batch is filled up with targets of -1; the ranks may come to their ends at different
+    batches.
     """
+    if "ranks" in cursor:
+        others = [
+            _Stream(shards, tokenizer, one, r, len(cursor["ranks"]), epochs, buffer_docs)
+            for r, one in enumerate(cursor["ranks"])
+        ]
+        cursor = divided(others, rank, size)
     stream = _Stream(shards, tokenizer, cursor, rank, size, epochs, buffer_docs)
     filled = T + 1
     while filled == T + 1:
@@ -66,14 +73,14 @@ def packed(
             yield Batch(tokens[:, :-1].contiguous(), targets, learned.float(), float(count), stream.cursor())
 
 
-def by_length(piece: Piece) -> tuple[int, int]:
+def by_length(piece: BufferedDocument) -> tuple[int, int]:
     return piece.length, piece.arrival
 
 
 class _Stream:
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: Sequence[Shard | Texts],
         tokenizer: Tokenizer,
         cursor: dict[str, Any],
         rank: int,
@@ -90,14 +97,13 @@ class _Stream:
             )
         self.shards, self.tokenizer, self.rank, self.size = shards, tokenizer, rank, size
         self.epochs, self.buffer_docs = epochs, buffer_docs
-        self.reader = Reader()
-        self.first_row = np.concatenate([[0], np.cumsum([shard.rows for shard in shards])])
+        self.reader = ShardReader()
         self.epoch, self.shard, self.group, self.row = cursor.get("next", (0, 0, 0, 0))
         self.arrivals: int = cursor.get("arrivals", 0)
         self._cache: tuple[tuple[int, int], list[np.ndarray[Any, np.dtype[np.int64]]]] | None = None
         self.barren = 0  # row groups read in a row that held nothing for this rank
-        self.buffer: list[Piece] = []  # by length
-        self.by_arrival: dict[int, Piece] = {}  # the same; a piece's rest keeps the piece's place
+        self.buffer: list[BufferedDocument] = []  # by length
+        self.by_arrival: dict[int, BufferedDocument] = {}  # the same; a piece's rest keeps the piece's place
         found = []
         for arrival, *place in cursor.get("buffer", []):
             shard, group, row, used = place
@@ -116,7 +122,7 @@ class _Stream:
             self._cache = ((shard, group), [np.asarray(document, dtype=np.int64) for document in ids])
         return self._cache[1]
 
-    def _read_group(self) -> bool:
+    def read_group(self) -> bool:
         """Put this rank's documents of the next row group into the buffer; False after the last epoch."""
         if self.epochs is not None and self.epoch >= self.epochs:
             return False
@@ -140,10 +146,14 @@ class _Stream:
                 break
         return True
 
+    def at(self) -> tuple[int, int, int, int]:
+        """The row group to read next."""
+        return self.epoch, self.shard, self.group, self.row
+
     # Packing.
 
     def _put(self, arrival: int, place: tuple[int, int, int, int], tokens: np.ndarray[Any, Any]) -> None:
-        piece = Piece(len(tokens) + 1, arrival, place, tokens)
+        piece = BufferedDocument(len(tokens) + 1, arrival, place, tokens)
         bisect.insort(self.buffer, piece, key=by_length)
         self.by_arrival[arrival] = piece
 
@@ -151,7 +161,7 @@ class _Stream:
         """Fill one row with pieces; how many tokens it has got, which is all unless the data ends first."""
         at = 0
         while at < len(row):
-            while len(self.buffer) < self.buffer_docs and self._read_group():
+            while len(self.buffer) < self.buffer_docs and self.read_group():
                 pass
             if not self.buffer:
                 break
@@ -173,17 +183,30 @@ class _Stream:
                 del self.by_arrival[piece.arrival]
         return at
 
-    def cursor(self) -> "Cursor":
-        return Cursor((self.epoch, self.shard, self.group, self.row), self.arrivals, tuple(self.buffer))
+    def cursor(self) -> "DocumentCursor":
+        return DocumentCursor(self.at(), self.arrivals, tuple(self.buffer))
+
+
+def divided(others: Sequence[_Stream], rank: int, size: int) -> dict[str, Any]:
+    """Where rank r of n goes on after another number of ranks: all read up to where the furthest had got to,
+    and what they hold is dealt out, oldest first."""
+    furthest = max(stream.at() for stream in others)
+    for stream in others:
+        while stream.at() < furthest:
+            stream.read_group()
+    held = sorted((piece.arrival, r, piece.place) for r, s in enumerate(others) for piece in s.buffer)
+    mine = [place for _, _, place in held[rank::size]]
+    buffer = [[i, *place] for i, place in enumerate(mine)]
+    return {"next": list(furthest), "arrivals": len(mine), "buffer": buffer}
 
 
 @dataclass(frozen=True)
-class Cursor:
+class DocumentCursor:
     """A snapshot of the packer; its JSON names the buffered documents instead of holding their text."""
 
     next: tuple[int, int, int, int]
     arrivals: int
-    buffer: tuple[Piece, ...]
+    buffer: tuple[BufferedDocument, ...]
 
     def __call__(self) -> dict[str, Any]:
         in_reading_order = sorted(self.buffer, key=lambda p: p.place)

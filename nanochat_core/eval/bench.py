@@ -9,7 +9,7 @@ from typing import NamedTuple
 from nanochat_core.artifacts import store
 from nanochat_core.artifacts.stage import Runtime
 from nanochat_core.eval import core
-from nanochat_core.eval.subject import Subject, identity, load_subject
+from nanochat_core.eval.subject import EvaluatedModel, identity, load_subject
 from nanochat_core.machine.ranks import World, pick_device, pick_dtype
 
 
@@ -53,7 +53,7 @@ def core_of(
     return Done(core.core_metric(scores), scores, directory)
 
 
-def key_of(subject: Subject, bundle: Path, limit: int | None) -> str:
+def key_of(subject: EvaluatedModel, bundle: Path, limit: int | None) -> str:
     """What decides the answers, as one name."""
     parts = [subject.identity, identity(bundle), limit]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

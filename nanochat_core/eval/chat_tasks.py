@@ -22,7 +22,7 @@ from nanochat_core.tokenizer.render import render_for_completion
 Answered = Callable[[int], None]  # called with the number of problems answered so far
 
 
-class Answer(NamedTuple):
+class GradedAnswer(NamedTuple):
     """How one problem went: what is written as a line of the task's jsonl."""
 
     problem: int
@@ -43,7 +43,7 @@ def evaluate_task(
     rank: int = 0,
     size: int = 1,
     progress: Answered | None = None,
-) -> list[Answer]:
+) -> list[GradedAnswer]:
     """Answer the first `problems` of a task, or every `size`-th of them from `rank` on."""
     wanted = min(problems if problems is not None else len(task), len(task))
     if not wanted:
@@ -53,10 +53,10 @@ def evaluate_task(
     if task.kind == "categorical":
         letters = choose(engine.model, engine.tokenizer, asked)
         return [
-            Answer(i, [task.correct(problem, letter)], [letter])
+            GradedAnswer(i, [task.correct(problem, letter)], [letter])
             for i, problem, letter in zip(mine, asked, letters, strict=True)
         ]
-    answers: list[Answer] = []
+    answers: list[GradedAnswer] = []
     chunk = max(1, 4 * engine.max_rows // samples)  # enough to keep the rows busy, and progress visible
     for start in range(0, len(asked), chunk):
         part = asked[start : start + chunk]
@@ -69,7 +69,7 @@ def evaluate_task(
         done = engine.complete([prompt for prompt in prompts for _ in range(samples)], sampling)
         for k, (i, problem) in enumerate(zip(mine[start : start + chunk], part, strict=True)):
             said = [said_by(engine.tokenizer, c) for c in done[k * samples : (k + 1) * samples]]
-            answers.append(Answer(i, [task.correct(problem, words) for words in said], said))
+            answers.append(GradedAnswer(i, [task.correct(problem, words) for words in said], said))
         if progress is not None:
             progress(len(answers))
     return answers
@@ -113,12 +113,12 @@ def letter_id(tokenizer: Tokenizer, letter: str) -> int:
     return ids[0]
 
 
-def accuracy(answers: Sequence[Answer]) -> float:
+def accuracy(answers: Sequence[GradedAnswer]) -> float:
     """The share of problems that at least one sample got right: pass@k for k samples."""
     return sum(any(answer.correct) for answer in answers) / len(answers)
 
 
-def passes(answers: Sequence[Answer], samples: int) -> dict[int, float]:
+def passes(answers: Sequence[GradedAnswer], samples: int) -> dict[int, float]:
     """pass@k of a task for each k that so many samples tell; pass@1 is the share of right samples."""
     return {
         k: sum(pass_at(k, samples, sum(answer.correct)) for answer in answers) / len(answers)

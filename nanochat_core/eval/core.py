@@ -49,7 +49,7 @@ class IclTask(NamedTuple):
     baseline: float  # 0..1
 
 
-class Outcome(NamedTuple):
+class ExampleResult(NamedTuple):
     """How one example went: what is written as a line of the task's jsonl."""
 
     example: int
@@ -215,7 +215,7 @@ def evaluate(
     batch_tokens: int = BATCH_TOKENS,
     rank: int = 0,
     size: int = 1,
-) -> list[Outcome]:
+) -> list[ExampleResult]:
     """Answer every example of a task, or every `size`-th from `rank` on."""
     mine = range(rank, len(examples), size)
     texts = [prompts(task, examples[i], shown(task, examples, i)) for i in mine]
@@ -228,10 +228,10 @@ def evaluate(
     for i, found in zip(mine, spans, strict=True):
         losses = [round(span.loss, 6) for span in found]
         if task.kind == "language_modeling":
-            outcomes.append(Outcome(i, found[0].exact, losses, None))
+            outcomes.append(ExampleResult(i, found[0].exact, losses, None))
         else:
             chosen = min(range(len(found)), key=lambda j: found[j].loss)
-            outcomes.append(Outcome(i, chosen == examples[i]["gold"], losses, chosen))
+            outcomes.append(ExampleResult(i, chosen == examples[i]["gold"], losses, chosen))
     return outcomes
 
 
@@ -244,7 +244,7 @@ def answered(
     *,
     limit: int | None = None,
     context: int | None,
-) -> Iterator[list[Outcome]]:
+) -> Iterator[list[ExampleResult]]:
     """The outcomes of each task in turn, as they come; on other ranks than the first they may be missing.
 
     The examples are shared out over the ranks. A task's answers are written to `directory` once all are
@@ -255,7 +255,7 @@ def answered(
         done = directory / f"{task.label}.jsonl"
         if world.any(world.is_first and done.is_file()):
             lines = done.read_text().splitlines() if world.is_first else []
-            yield [Outcome(**json.loads(line)) for line in lines]
+            yield [ExampleResult(**json.loads(line)) for line in lines]
             continue
         share = evaluate(
             model,
@@ -273,7 +273,7 @@ def answered(
         yield outcomes
 
 
-def summarize(task: IclTask, outcomes: Sequence[Outcome]) -> Score:
+def summarize(task: IclTask, outcomes: Sequence[ExampleResult]) -> Score:
     """Accuracy, and the same with chance at 0 and perfection at 1."""
     accuracy = sum(outcome.correct for outcome in outcomes) / len(outcomes)
     return Score(task.label, accuracy, (accuracy - task.baseline) / (1 - task.baseline), len(outcomes))

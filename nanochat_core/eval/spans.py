@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nanochat_core.model.gpt import GPT, SOFTCAP
-from nanochat_core.model.kv_cache import KVCache
+from nanochat_core.model import attention
+from nanochat_core.model.gpt import GPT, After
 
 BATCH_TOKENS = 16_384  # of a forward pass, padding included
 WORTH_SHARING = 16  # tokens of a common beginning; two passes for fewer take longer than one
@@ -122,26 +122,49 @@ def _ours(model: GPT, groups: Sequence[Sequence[Candidate]], device: torch.devic
     if min(shared) >= WORTH_SHARING:
         skipped = [skip for group, skip in zip(groups, shared, strict=True) for _ in group]
         tails = [candidate.tokens[skip:] for candidate, skip in zip(flat, skipped, strict=True)]
-        capacity = max(shared) + max(map(len, tails))
-        cache = KVCache(model.config, len(flat), capacity, device=device, dtype=model.compute_dtype)
-        sizes = torch.tensor([len(group) for group in groups], device=device)
-        firsts = sizes.cumsum(0) - sizes
         heads = [group[0].tokens[:skip] for group, skip in zip(groups, shared, strict=True)]
-        model.hidden(_padded(heads, device), cache.select(firsts), torch.tensor(shared, device=device))
-        source = firsts.repeat_interleave(
-            sizes
-        )  # every candidate takes over what its example's first has read
-        cache.k[..., : cache.high, :] = cache.k[:, source, :, : cache.high]
-        cache.v[..., : cache.high, :] = cache.v[:, source, :, : cache.high]
-        cache.length.copy_(cache.length[source])
-        cache.previous.copy_(cache.previous[source])
-        x = model.hidden(_padded(tails, device), cache)
+        x = _continued(model, heads, [len(group) for group in groups], tails, device)
     else:
         skipped = [0] * len(flat)
         x = model.hidden(_padded([candidate.tokens for candidate in flat], device))
     rows, positions, targets = _scored(flat, skipped)
-    logits = model.lm_head(x[rows.to(device), positions.to(device)])[..., : model.config.vocab_size].float()
-    return _spans(SOFTCAP * torch.tanh(logits / SOFTCAP), rows, targets, len(flat))
+    return _spans(model.logits(x[rows.to(device), positions.to(device)]), rows, targets, len(flat))
+
+
+def _continued(
+    model: GPT,
+    heads: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    tails: Sequence[Sequence[int]],
+    device: torch.device | str,
+) -> Tensor:
+    """Hidden states (B, T, C) of tails: the first counts[0] of them continue heads[0], the next counts[1]
+    heads[1], and so on. Every head is read once."""
+    kept: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer (heads, Hk, S, D)
+
+    def keep(layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kept.append((k, v))
+        return attention.causal(q, k, v, window)
+
+    model.hidden(_padded(heads, device), attend_as=keep)
+    idx = _padded(tails, device)
+    B, T = idx.shape
+    owner = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)  # (B,)
+    size = torch.tensor([len(head) for head in heads], device=device)[owner, None]
+    last = torch.tensor([head[-1] for head in heads], device=device)[owner]
+    at = size + torch.arange(T, device=device)  # (B, T)
+    s = torch.arange(max(map(len, heads)), device=device).expand(B, -1)
+    s = s.masked_fill(s >= size, model.config.positions)  # padding lies ahead of every token
+    s = torch.cat((s, at), dim=1)[:, None]  # (B, 1, S + T)
+    masks: dict[int, Tensor] = {}  # of each window
+
+    def attend(layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if window not in masks:
+            masks[window] = (s <= at[..., None]) & (s >= at[..., None] - window)  # (B, T, S + T)
+        k, v = (torch.cat((old[owner], new), dim=2) for old, new in zip(kept[layer], (k, v), strict=True))
+        return attention.cached(q, k, v, masks[window])
+
+    return model.hidden(idx, After(at, last), attend)
 
 
 def _shared(group: Sequence[Candidate]) -> int:

@@ -21,29 +21,29 @@ from nanochat_core.sources.download import offline
 UNLIMITED = 10**6  # a tokenizer that claims a longer context than this knows of none
 
 
-class Subject(NamedTuple):
+class EvaluatedModel(NamedTuple):
     model: GPT | Logits
     tokenizer: Tokens
     context: int | None  # tokens it can read at once
     identity: str  # of these weights
 
 
-def load_subject(name: str, device: torch.device) -> Subject:
+def load_subject(name: str, device: torch.device) -> EvaluatedModel:
     """The model of a directory of ours, or else what transformers finds under the name or path."""
     directory = Path(name)
     if (directory / "job.json").is_file() or is_exported(directory):
         model, tokenizer = load_chat(directory, device)
-        return Subject(model, tokenizer, model.config.positions, identity(directory))
+        return EvaluatedModel(model, tokenizer, model.config.positions, identity(directory))
     return from_transformers(name, device)
 
 
-def from_transformers(name: str, device: torch.device) -> Subject:
+def from_transformers(name: str, device: torch.device) -> EvaluatedModel:
     try:
         import transformers
     except ImportError:
         raise ValueError(
             f"{name} is no model of ours, and transformers, which may know it, is not installed "
-            f"(pip install transformers)"
+            f"(pip install 'nanochat-flow[transformers]')"
         ) from None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
@@ -63,7 +63,7 @@ def from_transformers(name: str, device: torch.device) -> Subject:
     known = identity(Path(name)) if Path(name).is_dir() else f"{name} {getattr(config, '_commit_hash', None)}"
     tokens = TransformersTokens(tokenizer, name)
     logits = TransformersLogits(model.to(device).eval())
-    return Subject(logits, tokens, context if context < UNLIMITED else None, known)
+    return EvaluatedModel(logits, tokens, context if context < UNLIMITED else None, known)
 
 
 class TransformersTokens:

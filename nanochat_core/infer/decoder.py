@@ -1,28 +1,42 @@
-"""The model as the engine runs it: the mathematics of `GPT.hidden` in fewer, faster operations.
+"""The model as the engine runs it: its `forward_pass` with packed weights and a cache of keys and values.
 
 Weights are fused and laid out once. One pass reads the next token of every running row and pieces of new
 prompts together, so that the weights are fetched once for all. At a few rows an operation costs more to start
 than to do, so there are as few as can be. The residual stream, norms, rotations, keys and values (on a CPU
 also attention) are fp32; matrix products have the model's compute type.
 
-Letters: N tokens of a pass, C width, H heads, D head dimension, S cached positions.
+Letters: N tokens of a pass, C width, H heads, Hk key heads, D head dimension, S cached positions.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from nanochat_core.infer.sampling import shifted_softcap
 from nanochat_core.model import attention
-from nanochat_core.model.gpt import GPT, NORM_EPS, Attention, Block, angles
-from nanochat_core.model.shape import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
+from nanochat_core.model.forward import (
+    NORM_EPS,
+    SOFTCAP,
+    Function,
+    Layer,
+    Scalars,
+    Weights,
+    angles,
+    forward_pass,
+    rotate,
+    softcap,
+)
+from nanochat_core.model.gpt import GPT, Block
+from nanochat_core.model.shape import GPTConfig
 
 EXACT = 32  # rows up to which a product is made for just so many; above, for a multiple of it
 
 
-class Piece(NamedTuple):
+class PromptChunk(NamedTuple):
     """Tokens of one prompt that are read in one pass: cache row, position of the first, how many."""
 
     row: int
@@ -35,26 +49,22 @@ class Product:
     layout, and a row's result is the same to the last bit whatever other rows are there."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._weight = weight.detach().to(dtype)
         self._packed = weight.device.type == "cpu" and _has_onednn(dtype)
         if self._packed:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight.contiguous(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._apply(x, "none")
-
-    def relu(self, x: Tensor) -> Tensor:
-        return self._apply(x, "relu")
-
-    def _apply(self, x: Tensor, then: str) -> Tensor:
-        if self._packed:
-            n = len(x)
-            if n > EXACT:  # oneDNN takes 0.3 ms to prepare for each new number of rows: let there be few
-                x = F.pad(x, (0, 0, 0, -n % EXACT))
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, then, [], "")
-            return y[:n]
-        y = F.linear(x, self._weight)
-        return y.relu_() if then == "relu" else y
+        x = x.to(self._dtype)
+        if not self._packed:
+            return F.linear(x, self._weight)
+        n = len(x)
+        if n <= EXACT:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")  # type: ignore[no-any-return]
+        # oneDNN takes 0.3 ms to prepare for each new number of rows: let there be few
+        x = F.pad(x, (0, 0, 0, -n % EXACT))
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")[:n]  # type: ignore[no-any-return]
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:
@@ -63,25 +73,19 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class _Layer:
-    """One block, ready to use."""
-
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        attn, mlp = block.attn, block.mlp
-        assert isinstance(attn, Attention)
-        self.window = attn.window
-        weights = [_paired(attn.c_q.weight, attn.n_head), _paired(attn.c_k.weight, attn.n_kv_head)]
-        self.qkv = Product(torch.cat((*weights, attn.c_v.weight)), dtype)
-        self.out = Product(attn.c_proj.weight, dtype)
-        self.up = Product(mlp.c_fc.weight, dtype)
-        self.down = Product(mlp.c_proj.weight, dtype)
-        self.gate = None if attn.ve_gate is None else attn.ve_gate.weight.detach().float()
-
-
 def _paired(weight: Tensor, heads: int) -> Tensor:
     """Rows in another order: the two channels that rotate together become neighbours, a complex number.
     Queries and keys are reordered alike, so their products stay."""
     return weight.detach().view(heads, 2, -1, weight.size(1)).transpose(1, 2).reshape(weight.shape)
+
+
+def _turns(config: GPTConfig) -> Tensor:
+    """What queries and keys are multiplied by as complex numbers (P, 1, D/2): where `rotate` takes the first
+    of each pair of channels."""
+    turns = angles(config)
+    first = torch.cat((torch.ones_like(turns), torch.zeros_like(turns)), dim=-1)
+    real, imag = rotate(first, turns.cos(), turns.sin()).chunk(2, dim=-1)
+    return torch.complex(real, imag)[:, None] * config.attention_scale
 
 
 class _Norm:
@@ -97,9 +101,15 @@ class _Norm:
 
 
 class Decoder:
-    """A model and the keys and values of what it has read, `rows` sequences of at most `capacity` tokens."""
+    """A model and the keys and values of what it has read, `rows` sequences of at most `capacity` tokens.
 
-    def __init__(self, model: GPT, rows: int) -> None:
+    Its own forms of norm and rotation, and its cache, are compared with the model's when the first
+    decoder is built.
+    """
+
+    def __init__(self, model: GPT, rows: int, *, compare: bool = True) -> None:
+        if compare:
+            compare_with_model(model.config.arch, model.lm_head.weight.device)
         self._model = model
         self.config = model.config
         self.rows, self.capacity = rows, 0
@@ -109,22 +119,47 @@ class Decoder:
         D = self.config.head_dim
         self._norm = _Norm(self.config.n_embd, self.device)
         self._head_norm = _Norm(D, self.device, D**0.5)  # the rotation makes up for the factor
-        scale = (1.0 if model.config.arch == "seed" else 1.2) * D**0.5  # 1.2: as in Attention
-        turns = angles(model.config).to(self.device)
-        self._rope = torch.polar(torch.full_like(turns, scale), -turns)[:, None]  # (P, 1, D/2)
+        self._rope = (_turns(self.config) * D**0.5).to(self.device)
         self._k = self._v = torch.empty(0)
         self.prepare()
 
     @torch.inference_mode()
     def prepare(self) -> None:
         """Take over the model's weights as they are now. Embeddings stay the model's own."""
-        model = self._model
-        self._layers = [_Layer(block, self._dtype) for block in model.blocks if isinstance(block, Block)]
-        self._head = Product(model.lm_head.weight, self._dtype)
+        model, scalars = self._model, None
+        self._head: Function = Product(model.lm_head.weight, self._dtype)
+        layers = [self._layer(i, block) for i, block in enumerate(model.blocks) if isinstance(block, Block)]
+        self._windows = self.config.windows()
         if model.modern:
-            self._resid: list[float] = model.resid_lambdas.tolist()
-            self._from_x0: list[float] = model.x0_lambdas.tolist()
-            self._smear, self._backout = model.smear_lambda.item(), model.backout_lambda.item()
+            scalars = Scalars(
+                model.resid_lambdas.tolist(),
+                model.x0_lambdas.tolist(),
+                model.smear_lambda.item(),
+                functools.partial(F.linear, weight=model.smear_gate.weight.detach().float()),
+                model.backout_lambda.item(),
+            )
+        self._weights = Weights(self._embedding(model.wte.weight), layers, scalars)
+
+    def _layer(self, i: int, block: Block) -> Layer:
+        attn, mlp, dtype = block.attn, block.mlp, self._dtype
+        c, D = self.config, self.config.head_dim
+        rotated, width = c.n_head + c.n_kv_head, (c.n_head + c.n_kv_head) * D  # of q and k together
+        paired = [_paired(attn.c_q.weight, c.n_head), _paired(attn.c_k.weight, c.n_kv_head)]
+        qkv = Product(torch.cat((*paired, attn.c_v.weight)), dtype)
+
+        def heads(x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+            y = qkv(x)
+            return (y[:, :width].view(-1, rotated, D),), y[:, width:].view(-1, c.n_kv_head, D)
+
+        value = gate = None
+        if attn.ve_gate is not None:
+            value = self._embedding(self._model.value_embeds[str(i)].weight)  # type: ignore[arg-type]
+            gate = functools.partial(F.linear, weight=attn.ve_gate.weight.detach().float())
+        out, up, down = (Product(x.weight, dtype) for x in (attn.c_proj, mlp.c_fc, mlp.c_proj))
+        return Layer(heads, out, up, down, value, gate)
+
+    def _embedding(self, table: Tensor) -> Function:
+        return lambda idx: F.embedding(idx, table).to(self._dtype).float()
 
     @torch.inference_mode()
     def reserve(self, capacity: int) -> None:
@@ -137,13 +172,13 @@ class Decoder:
         if self.capacity:
             self._k[:, :, : self.capacity], self._v[:, :, : self.capacity] = old_k, old_v
         self.capacity = capacity
-        width = c.n_kv_head * c.head_dim
+        slots = (-1, c.n_kv_head, c.head_dim)
         self.row_starts = torch.arange(self.rows, device=self.device) * capacity
-        # Of each layer's keys and values two views: (rows, Hk, S, D) to look at, (slots, Hk*D) to write to.
+        # Of each layer's keys and values two views: (rows, Hk, S, D) to look at, (slots, Hk, D) to write to.
         self._seen_as = [
             (k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(self._k, self._v, strict=True)
         ]
-        self._slots = [(k.view(-1, width), v.view(-1, width)) for k, v in zip(self._k, self._v, strict=True)]
+        self._slots = [(k.view(slots), v.view(slots)) for k, v in zip(self._k, self._v, strict=True)]
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, count: int) -> None:
@@ -157,7 +192,7 @@ class Decoder:
         tokens: Sequence[int],
         before: Sequence[int],
         positions: Sequence[int],
-        pieces: Sequence[Piece],
+        pieces: Sequence[PromptChunk],
         wanted: Sequence[int] | None,
     ) -> Tensor:
         """Read one token of each running row (rows 0, 1, ...), then the pieces, all in one list.
@@ -166,66 +201,40 @@ class Decoder:
         needed (None: all). They come back (n, V), not yet softcapped: the sampler does that to few.
         """
         idx, at = torch.tensor([tokens, positions], device=self.device)
-        x = self._norm(self._embed(self._model.wte.weight, idx))
-        if self._model.modern:
-            x = self._smeared(x, before)
         rope = self._rope[at]  # (N, 1, D/2)
         view = _View(self, at, positions, pieces)
-        x0 = middle = x
-        for i, layer in enumerate(self._layers):
-            ve = None
-            if self._model.modern:
-                x = torch.add(x * self._resid[i], x0, alpha=self._from_x0[i])
-                if layer.gate is not None:
-                    ve = self._embed(self._model.value_embeds[str(i)].weight, idx)  # type: ignore[arg-type]
-            x = self._attend(i, layer, x, ve, rope, view)
-            h = layer.up.relu(self._norm(x).to(self._dtype))
-            x = x + layer.down(h * h)
-            if i == self.config.n_layer // 2:
-                middle = x
-        if self._model.modern:
-            x = torch.sub(x, middle, alpha=self._backout)
+        H = self.config.n_head
+
+        def earlier(_: Tensor) -> Tensor:
+            ids = torch.tensor(before, device=self.device)
+            return self._norm(self._weights.embed(ids.clamp(min=0))) * (ids >= 0)[:, None]
+
+        def turn(qk: Tensor) -> Tensor:
+            turned: Tensor = self._head_norm(qk.float()).view(torch.complex64) * rope
+            return turned.view(torch.float32)
+
+        def attend(layer: int, parts: Sequence[Tensor], v: Tensor) -> Tensor:
+            (qk,) = parts
+            qk, v = qk.to(self._cache_dtype), v.to(self._cache_dtype)
+            q, k = qk[:, :H], qk[:, H:]
+            keys, values = self._slots[layer]
+            keys.index_copy_(0, view.slots, k)
+            values.index_copy_(0, view.slots, v)
+            return view.attend(self._windows[layer], q, k, v, *self._seen_as[layer])
+
+        x = forward_pass(
+            self.config, self._weights, idx, earlier=earlier, turn=turn, attend=attend, norm=self._norm
+        )
         if wanted is not None:
             x = x[torch.tensor(wanted, dtype=torch.long, device=self.device)]
-        return self._head(self._norm(x).to(self._dtype))[:, : self.config.vocab_size]
-
-    def _embed(self, table: Tensor, idx: Tensor) -> Tensor:
-        return F.embedding(idx, table).to(self._dtype).float()
-
-    def _smeared(self, x: Tensor, before: Sequence[int]) -> Tensor:
-        """Each token's embedding with some of that of the token before it."""
-        idx = torch.tensor(before, device=self.device)
-        earlier = self._norm(self._embed(self._model.wte.weight, idx.clamp(min=0))) * (idx >= 0)[:, None]
-        weight = self._model.smear_gate.weight.detach().float()
-        gate = self._smear * torch.sigmoid(F.linear(x[:, :SMEAR_CHANNELS], weight))
-        return torch.addcmul(x, gate, earlier)
-
-    def _attend(
-        self, i: int, layer: _Layer, x: Tensor, ve: Tensor | None, rope: Tensor, view: "_View"
-    ) -> Tensor:
-        c = self.config
-        H, D = c.n_head, c.head_dim
-        rotated, width = H + c.n_kv_head, (H + c.n_kv_head) * D  # heads and channels of q and k together
-        normed = self._norm(x)
-        qkv = layer.qkv(normed.to(self._dtype))
-        qk, v = qkv[:, :width].view(-1, rotated, D), qkv[:, width:]
-        qk = (self._head_norm(qk.float()).view(torch.complex64) * rope).view(torch.float32)
-        if ve is not None and layer.gate is not None:
-            gate = 3 * torch.sigmoid(F.linear(normed[:, :VALUE_GATE_CHANNELS], layer.gate))  # (N, Hk)
-            v = (v.view(len(x), -1, D) + gate[:, :, None] * ve.view(len(x), -1, D)).flatten(1)
-        qk, v = qk.to(self._cache_dtype), v.to(self._cache_dtype)
-        k = qk[:, H:].flatten(1)
-        keys, values = self._slots[i]
-        keys.index_copy_(0, view.slots, k)
-        values.index_copy_(0, view.slots, v)
-        return x + layer.out(view.attend(layer.window, qk[:, :H], k, v, *self._seen_as[i]).to(self._dtype))
+        return self._head(x)[:, : self.config.vocab_size]
 
 
 class _View:
     """Where the tokens of one pass go in the cache, and what each of them may see there."""
 
     def __init__(
-        self, decoder: Decoder, at: Tensor, positions: Sequence[int], pieces: Sequence[Piece]
+        self, decoder: Decoder, at: Tensor, positions: Sequence[int], pieces: Sequence[PromptChunk]
     ) -> None:
         self.pieces = pieces
         self.running = n = len(positions) - sum(piece.size for piece in pieces)
@@ -241,7 +250,7 @@ class _View:
         self._seen: dict[Any, Tensor] = {}
 
     def attend(self, window: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """(N, H, D) queries, the new keys and values (N, Hk*D), all cached ones -> (N, H*D)."""
+        """(N, H, D) queries, the new keys and values (N, Hk, D), all cached ones -> (N, H*D)."""
         parts = []
         n = self.running
         if n:
@@ -259,9 +268,7 @@ class _View:
             own, n = slice(n, n + piece.size), n + piece.size
             heads = q[own].transpose(0, 1)[None]  # (T, H, D) -> (1, H, T, D)
             if piece.start == 0:
-                fresh_k, fresh_v = (
-                    x[own].view(piece.size, -1, q.size(2)).transpose(0, 1)[None] for x in (k, v)
-                )
+                fresh_k, fresh_v = (x[own].transpose(0, 1)[None] for x in (k, v))
                 y = attention.causal(heads, fresh_k, fresh_v, window)
             else:
                 low, high = max(0, piece.start - window), piece.start + piece.size
@@ -279,10 +286,76 @@ class _View:
             self._seen[window] = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
         return self._seen[window]
 
-    def _piece_seen(self, piece: Piece, window: int, low: int) -> Tensor:
+    def _piece_seen(self, piece: PromptChunk, window: int, low: int) -> Tensor:
         """(1, T, S): a token of a prompt sees those before it, as far as the window reaches."""
         if (piece, window) not in self._seen:
             s = torch.arange(low, piece.start + piece.size, device=self._at.device)
             at = torch.arange(piece.start, piece.start + piece.size, device=self._at.device)[:, None]
             self._seen[piece, window] = ((s <= at) & (s >= at - window))[None]
         return self._seen[piece, window]
+
+
+# What a decoder computes before each of its products.
+_PARTS = {
+    "heads": "the residual stream (before layer 0: embedding and smear) or its norm",
+    "out": "attention: rotation, norms, scale, value gate, window or cache",
+    "up": "the norm before the MLP",
+    "down": "the activation",
+}
+
+
+@functools.cache
+@torch.inference_mode()
+def compare_with_model(arch: Literal["seed", "modern"], device: torch.device) -> None:
+    """Read a few tokens with a tiny model and with its decoder; ValueError says where they part.
+
+    The decoder's code is what is compared, not a model's weights: once in a process is enough.
+    """
+    config = GPTConfig(arch, sequence_len=4, vocab_size=64, n_layer=4, n_head=4, n_kv_head=2, n_embd=32)
+    model = GPT(config).init_weights(0).eval()
+    rng = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        # So small an embedding, query and key that the epsilon of their norms matters.
+        size = 1e-3 if name.endswith(("wte.weight", "c_q.weight", "c_k.weight")) else 1.0
+        weight.copy_(size * torch.randn(weight.shape, generator=rng) / weight.size(-1) ** 0.5)
+    model.to(device)
+    decoder = Decoder(model, 1, compare=False)
+    decoder.reserve(16)
+    wanted: dict[str, Tensor] = {}  # what each product is given
+    found: dict[str, list[Tensor]] = {}
+
+    def watch(place: str, module: nn.Module, product: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        module.register_forward_pre_hook(lambda _, args: wanted.update({place: args[0][0]}))
+
+        def watched(x: Tensor) -> Any:
+            found.setdefault(place, []).append(x)
+            return product(x)
+
+        return watched
+
+    layers = []
+    for i, (block, layer) in enumerate(zip(model.blocks, decoder._weights.layers, strict=True)):
+        assert isinstance(block, Block)
+        modules = (block.attn.c_q, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        watched = {
+            part: watch(f"layer {i}: {what}", module, getattr(layer, part))
+            for (part, what), module in zip(_PARTS.items(), modules, strict=True)
+        }
+        layers.append(layer._replace(**watched))
+    decoder._weights = decoder._weights._replace(layers=layers)
+    decoder._head = watch("after the last layer: backout or the norm", model.lm_head, decoder._head)
+    ids = torch.randint(config.vocab_size, (9,), generator=rng).tolist()
+    wanted["logits"] = model(torch.tensor([ids], device=device))[0]
+    for start, stop in ((0, 5), (5, 8), (8, 9)):  # a prompt, its rest, and a token of a running row
+        pieces = [PromptChunk(0, start, stop - start)] if stop < len(ids) else []
+        logits = decoder.read(ids[start:stop], [-1, *ids][start:stop], range(start, stop), pieces, None)
+        found.setdefault("logits", []).append(softcap(logits))
+    wanted["softcap"] = softcap(logits * 9)
+    found["softcap"] = [shifted_softcap(logits * 9) - SOFTCAP]
+    for place, parts in found.items():
+        off = (torch.cat(parts) - wanted[place]).abs().max() / wanted[place].abs().max()
+        if not off < 0.02:  # products in TF32 are less exact than fp32
+            raise ValueError(
+                f"decoding would differ from the model by {off:.0%} in {place}; "
+                "nanochat_core/infer/decoder.py must do what nanochat_core/model/forward.py does"
+            )

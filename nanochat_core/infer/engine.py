@@ -14,16 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat_core.infer.decoder import Decoder, Piece
+from nanochat_core.infer.decoder import Decoder, PromptChunk
 from nanochat_core.infer.sampling import Sampler, Sampling, uniforms
 from nanochat_core.infer.tool_use import ToolCalls
-from nanochat_core.model.gpt import GPT, SOFTCAP
+from nanochat_core.model.gpt import GPT
 from nanochat_core.tokenizer.bpe import Tokenizer
+from nanochat_core.tokenizer.render import Message, render_for_completion
 
 # Prompt tokens read in one pass while nobody is waiting for the next token, and while others are. At d20 on a
 # GB10 512 are a pause of about 20 ms; a CPU is busy with 128, more would only make the first token late.
 CHUNKS = {"cuda": (8192, 512), "cpu": (512, 128)}
 SHARED_FROM = 16  # a common beginning shorter than this is read again rather than looked for
+GREEDY = Sampling()
 ROUND = 64  # the cache's capacity is a multiple of this
 
 
@@ -131,6 +133,21 @@ class Engine:
             self.step()
         return [request.completion() for request in requests]
 
+    def continue_text(self, prompt: str, sampling: Sampling = GREEDY) -> str:
+        """What follows a text: for a model that was only pretrained. ValueError if the prompt is too long."""
+        [completion] = self.complete([[self.tokenizer.bos, *self.tokenizer.encode(prompt)]], sampling)
+        return self.tokenizer.decode(completion.ids)
+
+    def reply(self, messages: Sequence[Message], sampling: Sampling = GREEDY) -> str:
+        """The assistant's answer to a conversation that ends with the user's message: for a model that was
+        trained on conversations. Calls of a tool are in it with their markers, as in `<|python_start|>2+2`.
+
+        ValueError if the roles do not alternate or the conversation is longer than `context`.
+        """
+        prompt = render_for_completion(self.tokenizer, {"messages": list(messages)})
+        [completion] = self.complete([prompt], sampling)
+        return self.tokenizer.decode(completion.ids)
+
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
         """Token by token, forced ones included, the terminal one not. Closing the iterator frees the row."""
         request = self.submit(prompt, sampling)
@@ -230,16 +247,16 @@ class Engine:
         if any(request.cancelled for request in self._queue):
             self._queue = deque(request for request in self._queue if not request.cancelled)
 
-    def _plan(self) -> list[Piece]:
+    def _plan(self) -> list[PromptChunk]:
         """What is read of the newcomers' prompts in this pass: the first come first."""
         budget = self._chunks[1 if self._rows else 0]
-        pieces: list[Piece] = []
+        pieces: list[PromptChunk] = []
 
         def read_on(reading: _Reading) -> None:
             nonlocal budget
             request = reading.request
             count = min(budget, len(request.prompt) - request.read)
-            pieces.append(Piece(reading.row, request.read, count))
+            pieces.append(PromptChunk(reading.row, request.read, count))
             budget -= count
 
         for reading in self._reading:
@@ -282,7 +299,7 @@ class Engine:
     def _sample(self, logits: Tensor, requests: list[Request]) -> None:
         sampler = self._sampler
         if sampler is None or len(requests) != len(self._rows):
-            sampler = Sampler([request.sampling for request in requests], self._device, SOFTCAP)
+            sampler = Sampler([request.sampling for request in requests], self._device, raw=True)
             self._sampler = sampler if len(requests) == len(self._rows) else None
         uniform = None
         if sampler.random:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nanochat_core.artifacts.store import write_json, write_whole
 from nanochat_core.infer.model_card import model_card
-from nanochat_core.model.gpt import GPT, SOFTCAP, load_model, read_config, write_config
+from nanochat_core.model.forward import HIDDEN_ACT, NORM_EPS, SOFTCAP
+from nanochat_core.model.gpt import GPT, load_model, read_config, write_config
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.tokenizer.bpe import FILE, Tokenizer, load_tokenizer
 
@@ -61,13 +62,32 @@ def export(
 
     What is exported already can be exported again, to have it in another `dtype`.
     """
-    from safetensors.torch import save
-
     if is_exported(model_directory):
         model, tokenizer = load_exported(model_directory)
     else:
-        model, tokenizer = load_model(model_directory), load_tokenizer(tokenizer_directory)
-        check_tokenizer(model_directory, read_config(model_directory)[1], tokenizer)
+        tokenizer = load_tokenizer(tokenizer_directory)
+        model = trained_model(model_directory, tokenizer)
+    save(model, tokenizer, target, dtype=dtype, results=results, name=name)
+    return model.num_params()
+
+
+def save(
+    model: GPT,
+    tokenizer: Tokenizer,
+    target: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    results: Mapping[str, Mapping[str, Any]] | None = None,
+    name: str | None = None,
+) -> None:
+    """Write a model and its tokenizer as a directory that `load` and `nanochat chat` open; transformers opens
+    a `seed` model's too. A model that is there already is replaced.
+
+    `dtype` is that of the saved weights. `results` (metrics by stage) and `name` (the directory's) are for
+    the model card.
+    """
+    from safetensors.torch import save as serialized
+
     config = model.config
     weights = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
     target.mkdir(parents=True, exist_ok=True)
@@ -76,13 +96,15 @@ def export(
         write_json(target / "config.json", _their_config(config, tokenizer, dtype))
     else:
         write_config(target, config, tokenizer.fingerprint)
-    write_whole(target / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    write_whole(target / "model.safetensors", serialized(weights, metadata={"format": "pt"}))
     tokenizer.save(target)
     tokenizer.to_huggingface(target)
     write_json(target / "tokenizer_config.json", _tokenizer_config(config, tokenizer))
     write_json(target / "generation_config.json", _generation_config(tokenizer))
-    write_whole(target / "README.md", model_card(config, model.num_params(), results, name))
-    return model.num_params()
+    write_whole(
+        target / "README.md",
+        model_card(config, model.num_params(), results or {}, name or target.resolve().name),
+    )
 
 
 FILES = (
@@ -132,9 +154,7 @@ def load_exported(directory: Path) -> tuple[GPT, Tokenizer]:
     tokenizer = load_tokenizer(directory)
     described = json.loads((directory / "config.json").read_text())
     if OURS not in described:
-        _, fingerprint = read_config(directory)
-        check_tokenizer(directory, fingerprint, tokenizer)
-        return load_model(directory), tokenizer
+        return trained_model(directory, tokenizer), tokenizer
     fields = dict(described[OURS])
     check_tokenizer(directory, fields.pop("tokenizer_fingerprint"), tokenizer)
     config = GPTConfig(**fields)
@@ -144,6 +164,12 @@ def load_exported(directory: Path) -> tuple[GPT, Tokenizer]:
     weights: dict[str, Tensor] = {ours: theirs[key] for ours, key in _names(config)}
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def trained_model(directory: Path, tokenizer: Tokenizer) -> GPT:
+    """The model that a stage has left, if it was trained with this tokenizer."""
+    check_tokenizer(directory, read_config(directory)[1], tokenizer)
+    return load_model(directory)
 
 
 def is_exported(directory: Path) -> bool:
@@ -182,8 +208,8 @@ def _their_config(config: GPTConfig, tokenizer: Tokenizer, dtype: torch.dtype) -
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_kv_head,
         "max_position_embeddings": config.sequence_len,
-        "hidden_act": "relu2",
-        "rms_norm_eps": 1e-6,
+        "hidden_act": HIDDEN_ACT,
+        "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "final_logit_softcapping": SOFTCAP,
         "attention_bias": False,

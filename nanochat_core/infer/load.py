@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from nanochat_core.infer.exported import check_tokenizer, is_exported, load_exported
-from nanochat_core.model.gpt import GPT, load_model, read_config
+from nanochat_core.infer.exported import is_exported, load_exported, trained_model
+from nanochat_core.machine.hardware import cpu_multiplies_bf16
+from nanochat_core.model.gpt import GPT
 from nanochat_core.tokenizer.bpe import Tokenizer, load_tokenizer
 
 HALF_FROM = 5_000_000  # parameters: a smaller model lies in the CPU's cache, bf16 would only cost casts
@@ -34,9 +35,8 @@ def load_chat(
     if is_exported(directory):
         model, tokenizer = load_exported(directory)
     else:
-        model, tokenizer = load_model(directory), load_tokenizer(tokenizer_directory(directory))
-        _, fingerprint = read_config(directory)
-        check_tokenizer(directory, fingerprint, tokenizer)
+        tokenizer = load_tokenizer(tokenizer_directory(directory))
+        model = trained_model(directory, tokenizer)
     device = torch.device(device)
     dtype = dtype or fastest(model, device)
     model.compute_dtype = dtype
@@ -45,7 +45,7 @@ def load_chat(
 
 def fastest(model: GPT, device: torch.device) -> torch.dtype:
     """The type of weights that a model generates fastest with."""
-    half = device.type == "cuda" or (model.num_params() >= HALF_FROM and _cpu_multiplies_bf16())
+    half = device.type == "cuda" or (model.num_params() >= HALF_FROM and cpu_multiplies_bf16())
     return torch.bfloat16 if half else torch.float32
 
 
@@ -59,9 +59,3 @@ def tokenizer_directory(directory: Path) -> Path:
         raise ValueError(f"{directory} holds neither an exported model nor a trained stage's") from None
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{path} does not name the tokenizer that the stage has read") from None
-
-
-def _cpu_multiplies_bf16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -37,7 +37,7 @@ AHEAD = max(2, min(8, os.cpu_count() or 1))  # interpreters that wait; each is a
 Isolation = Literal["bubblewrap", "weaker"]
 
 
-class Outcome(NamedTuple):
+class ProgramResult(NamedTuple):
     """How a program ended; `error` is None if it ran to its end."""
 
     error: str | None
@@ -89,7 +89,7 @@ else:
 
 def run_program(
     program: str, *, seconds: float = 5.0, memory_mb: int = 512, allow_weaker: bool = False
-) -> Outcome:
+) -> ProgramResult:
     """Run it to its end or to a limit. NoSandbox if this machine has no walls and weaker are not allowed."""
     isolation = available()
     if isolation == "weaker" and not allow_weaker:
@@ -107,12 +107,12 @@ def available() -> Isolation:
         raise NoSandbox(f"there is no sandbox for {sys.platform} on {platform.machine()}")
     if shutil.which("bwrap"):
         with contextlib.suppress(NoSandbox):
-            if run_once("print(42)", 10, 512, "bubblewrap") == Outcome(None, "42\n"):
+            if run_once("print(42)", 10, 512, "bubblewrap") == ProgramResult(None, "42\n"):
                 return "bubblewrap"
     return "weaker"
 
 
-def run_once(program: str, seconds: float, memory_mb: int, isolation: Isolation) -> Outcome:
+def run_once(program: str, seconds: float, memory_mb: int, isolation: Isolation) -> ProgramResult:
     """In an interpreter started for it now: what the pool saves is this start."""
     one = _start(isolation)
     try:
@@ -156,7 +156,7 @@ class Pool:
         threading.Thread(target=self._fill, name="sandbox", daemon=True).start()
         atexit.register(self._close)
 
-    def run(self, program: str, seconds: float, memory_mb: int) -> Outcome:
+    def run(self, program: str, seconds: float, memory_mb: int) -> ProgramResult:
         one = self._take()
         try:
             return _run(one, program, seconds, memory_mb)
@@ -217,7 +217,7 @@ def _start(isolation: Isolation) -> Waiting:
     return Waiting(process, process.stdin, stdout, process.stderr)
 
 
-def _run(one: Waiting, program: str, seconds: float, memory_mb: int) -> Outcome:
+def _run(one: Waiting, program: str, seconds: float, memory_mb: int) -> ProgramResult:
     # Said at the very end: a program that leaves early does not pass for a whole one.
     word = secrets.token_hex(8)
     request = {
@@ -236,18 +236,18 @@ def _run(one: Waiting, program: str, seconds: float, memory_mb: int) -> Outcome:
     if not heard.startswith(READY):
         raise NoSandbox(f"the sandbox did not start: {told.strip() or 'it does not answer'}")
     if late:
-        return Outcome("timeout", stdout)
+        return ProgramResult("timeout", stdout)
     if len(heard) > OUTPUT_BYTES:
-        return Outcome("too much on standard error", stdout)
+        return ProgramResult("too much on standard error", stdout)
     complaint, last, how = told.removeprefix(READY.decode()).rpartition(f"\n{word} ")
     if last and how.strip() != "failed":
-        return Outcome(None if how == "done\n" else how.strip(), stdout)
+        return ProgramResult(None if how == "done\n" else how.strip(), stdout)
     if not last:  # it ended without a word
         complaint, code = how, one.process.wait()
         if code in (-signal.SIGKILL, 128 + signal.SIGKILL):  # as the limit of CPU time makes it
-            return Outcome("timeout", stdout)
+            return ProgramResult("timeout", stdout)
     lines = complaint.strip().splitlines()
-    return Outcome(lines[-1] if lines else f"left early with code {one.process.poll()}", stdout)
+    return ProgramResult(lines[-1] if lines else f"left early with code {one.process.poll()}", stdout)
 
 
 def _hear(stderr: IO[bytes], word: str, seconds: float) -> tuple[bytes, bool]:

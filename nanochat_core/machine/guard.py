@@ -22,7 +22,7 @@ BACK_SECONDS = 300.0  # the driver gives memory back up to a minute after its pr
 FEW_ROWS = 8  # of a forward pass, where the profile names no device batch: small enough for its models
 
 
-class Limits(NamedTuple):
+class MemoryLimits(NamedTuple):
     """Shares of all memory: below `stop` a stage is asked to save and end, below `kill` it is ended."""
 
     stop: float
@@ -32,18 +32,18 @@ class Limits(NamedTuple):
 # A checkpoint is copied before it is written, for a d20 about 11 GB: 12% of 120 GB leaves room for that, and
 # others stop there too (16 GB). Below 4% the box has seconds. With memory of its own on the GPU the kernel's
 # killer works, and only has to be preceded.
-SHARED, OWN = Limits(0.12, 0.04), Limits(0.04, 0.015)
+SHARED, OWN = MemoryLimits(0.12, 0.04), MemoryLimits(0.04, 0.015)
 
 
 @functools.cache
-def limits() -> Limits:
+def limits() -> MemoryLimits:
     return SHARED if any(name in gpu.name for gpu in gpus()[0] for name in UNIFIED) else OWN
 
 
 Verdict = Literal["", "stop", "kill"]
 
 
-def look(read: Callable[[], Memory | None] = memory, bounds: Limits | None = None) -> Verdict:
+def look(read: Callable[[], Memory | None] = memory, bounds: MemoryLimits | None = None) -> Verdict:
     """What should happen to the stage at work."""
     found, (stop, kill) = read(), bounds or limits()
     if found is None:

@@ -35,6 +35,13 @@ def peak_flops(gpu: str) -> float | None:
     return next((peak for known, peak in PEAK_FLOPS.items() if known in gpu), None)
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU multiplies bf16 fast: by AVX512_BF16 or AMX."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 class Said(NamedTuple):
     """A command's exit code and what it printed; code 127 if there is no such command."""
 

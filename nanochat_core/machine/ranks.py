@@ -5,13 +5,13 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nanochat_core.artifacts.stage import Runtime
+from nanochat_core.machine.hardware import cpu_multiplies_bf16
 
 T = TypeVar("T")
 
@@ -74,9 +74,7 @@ def pick_dtype(runtime: Runtime, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        cpuinfo = Path("/proc/cpuinfo")
-        flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-        fast = "avx512_bf16" in flags or "amx_bf16" in flags
+        fast = cpu_multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 

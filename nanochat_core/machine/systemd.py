@@ -5,21 +5,19 @@ import os
 import pwd
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from nanochat_core.machine.installed import deployment, module
 from nanochat_core.machine.probes import SLEEP
 
-ROOT = Path(__file__).resolve().parents[2]
-TEMPLATE = ROOT / "deployments" / "nanochat.service"
 SYSTEM = Path("/etc/systemd/system")
 # A run's mirror and downloads want the network, and a router starts after the same power cut.
 ORDER = "Wants=network-online.target\nAfter=network-online.target time-sync.target"
 
 
-class Step(NamedTuple):
+class InstallStep(NamedTuple):
     """A file to write, or a command to run."""
 
     why: str
@@ -29,14 +27,13 @@ class Step(NamedTuple):
 
 
 def unit(base_dir: Path, port: int, *, system: bool, user: str) -> str:
-    """The unit's text for this checkout, this Python and this base directory."""
+    """The unit's text for this Python and this base directory."""
     url = f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "flows.services", str(base_dir), url, str(port)]
-    for word in (*command, str(ROOT)):
+    command = module("flows.services", str(base_dir), url, str(port))
+    for word in command:
         if any(sign in word for sign in '%"\\\n$'):
             raise ValueError(f"{word!r} cannot stand in a systemd unit; use a path without quotes, % and $")
     filled = {
-        "@ROOT@": str(ROOT),
         "@BASE@": str(base_dir),
         "@COMMAND@": " ".join(f'"{word}"' if " " in word else word for word in command),
         "@ORDER@": ORDER
@@ -45,46 +42,41 @@ def unit(base_dir: Path, port: int, *, system: bool, user: str) -> str:
         "@USER@": f"User={user}" if system else "# it runs as whoever installs it",
         "@TARGET@": "multi-user.target" if system else "default.target",
     }
-    text = TEMPLATE.read_text()
+    text = deployment("nanochat.service").read_text()
     for name, value in filled.items():
         text = text.replace(name, value)
     return text
 
 
-def steps(base_dir: Path, port: int, *, system: bool, user: str) -> list[Step]:
+def steps(base_dir: Path, port: int, *, system: bool, user: str) -> list[InstallStep]:
     """What an installation does, in order."""
     config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     folder = SYSTEM if system else config / "systemd" / "user"
     control = ("systemctl",) if system else ("systemctl", "--user")
-    up: tuple[str, ...] = (
-        sys.executable,
-        "-m",
-        "nanochat_core.cli.main",
-        "up",
-        "--base-dir",
-        str(base_dir),
-        "--port",
-        str(port),
-    )
+    up = tuple(module("nanochat_core", "up", "--base-dir", str(base_dir), "--port", str(port)))
     found = [
-        Step("the unit", folder / "nanochat.service", unit(base_dir, port, system=system, user=user)),
-        Step("systemd reads it", command=(*control, "daemon-reload")),
+        InstallStep("the unit", folder / "nanochat.service", unit(base_dir, port, system=system, user=user)),
+        InstallStep("systemd reads it", command=(*control, "daemon-reload")),
     ]
     if system:
-        found.append(Step("the machine does not go to sleep", command=("systemctl", "mask", *SLEEP)))
+        found.append(InstallStep("the machine does not go to sleep", command=("systemctl", "mask", *SLEEP)))
         up = ("runuser", "-u", user, "--", *up)
     else:
         found.append(
-            Step("it starts at boot, before anybody logs in", command=("loginctl", "enable-linger", user))
+            InstallStep(
+                "it starts at boot, before anybody logs in", command=("loginctl", "enable-linger", user)
+            )
         )
     found.append(
-        Step("it starts now, and at every boot", command=(*control, "enable", "--now", "nanochat.service"))
+        InstallStep(
+            "it starts now, and at every boot", command=(*control, "enable", "--now", "nanochat.service")
+        )
     )
-    found.append(Step("a deployment for each profile", command=up))
+    found.append(InstallStep("a deployment for each profile", command=up))
     return found
 
 
-def show(found: Sequence[Step], say: Callable[[str], object]) -> None:
+def show(found: Sequence[InstallStep], say: Callable[[str], object]) -> None:
     for step in found:
         say(f"# {step.why}")
         if step.path is not None:
@@ -95,7 +87,7 @@ def show(found: Sequence[Step], say: Callable[[str], object]) -> None:
             say(shlex.join(step.command))
 
 
-def install(found: Sequence[Step], say: Callable[[str], object]) -> None:
+def install(found: Sequence[InstallStep], say: Callable[[str], object]) -> None:
     """Do each step, shown as it is done; the first that fails ends it, with what it said."""
     for step in found:
         show([step], say)
@@ -106,7 +98,7 @@ def install(found: Sequence[Step], say: Callable[[str], object]) -> None:
             part.replace(step.path)
             continue
         try:
-            done = subprocess.run(step.command, capture_output=True, text=True, cwd=ROOT)
+            done = subprocess.run(step.command, capture_output=True, text=True, cwd="/")
         except FileNotFoundError:
             raise ValueError(
                 f"there is no {step.command[0]} here; without systemd call nanochat up at boot"

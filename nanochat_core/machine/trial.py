@@ -7,10 +7,11 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
+
+from nanochat_core.machine.installed import module
 
 TRIAL_SECONDS = 300.0  # a first compile on a cold cache is a minute or two
 SIZE, CPU_SIZE = 8192, 1024  # of the matrices
@@ -21,7 +22,7 @@ def try_out(
     *, device: str, compile: bool, burn: float, env: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Run the trial; what it found, or `error` with its last words."""
-    words = [sys.executable, "-m", "nanochat_core.machine.trial", "--device", device, "--burn", str(burn)]
+    words = module("nanochat_core.machine.trial", "--device", device, "--burn", str(burn))
     words += ["--compile"] if compile else []
     try:
         done = subprocess.run(

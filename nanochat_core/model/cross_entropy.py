@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat_core.model.forward import SOFTCAP, squeeze_, squeeze_slope_
+
 # Logits alive at once. A CPU wants them in its cache: 2^22 of fp32 are 16 MB. On a GPU a slice of n rows
 # reads and writes the whole fp32 gradient of the head, 8VC bytes beside 6nVC FLOPs: on a GB10 (273 GB/s,
 # 125 TFLOP/s) that takes 610 / n of the products' own time, 10 times as long with the CPU's 64 rows of V =
@@ -28,7 +30,7 @@ def slice_rows(N: int, V: int, device: str) -> int:
 class _SoftcappedNLL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: float, with_grad: bool
+        ctx: Any, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, with_grad: bool
     ) -> tuple[Tensor, Tensor]:
         N, V = x.size(0), head.size(0)
         rows = slice_rows(N, V, x.device.type)
@@ -41,16 +43,15 @@ class _SoftcappedNLL(torch.autograd.Function):
             grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
         for start in range(0, N, rows):
             s = slice(start, start + rows)
-            z = (x[s] @ head.t()).float()  # (n, V)
-            t = z.div_(cap).tanh_()
-            capped = t * cap
+            t = squeeze_((x[s] @ head.t()).float())  # (n, V)
+            capped = t * SOFTCAP
             target = safe[s, None]
             lse = capped.logsumexp(-1, keepdim=True)
             nll[s] = (lse - capped.gather(1, target)).squeeze(1) * kept[s]
             if with_grad:
                 g = capped.sub_(lse).exp_()  # softmax
                 g.scatter_add_(1, target, torch.full_like(lse, -1.0))
-                g.mul_(t.square_().neg_().add_(1.0)).mul_(weights[s, None])  # through the softcap
+                g.mul_(squeeze_slope_(t)).mul_(weights[s, None])  # through the softcap
                 g = g.to(x.dtype)
                 torch.mm(g, head, out=grad_x[s])
                 grad_head += g.t() @ x[s]
@@ -69,15 +70,12 @@ class _SoftcappedNLL(torch.autograd.Function):
             None,
             None,
             None,
-            None,
         )
 
 
-def softcapped_nll(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: float
-) -> tuple[Tensor, Tensor]:
+def softcapped_nll(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C) hidden, (V, C) head, (N,) targets and weights -> sum of weights x nll, and nll (N,) in nats,
     detached."""
     with_grad = torch.is_grad_enabled() and (x.requires_grad or head.requires_grad)
-    total, nll = _SoftcappedNLL.apply(x, head, targets, weights, cap, with_grad)
+    total, nll = _SoftcappedNLL.apply(x, head, targets, weights, with_grad)
     return total, nll

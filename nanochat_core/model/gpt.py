@@ -6,11 +6,13 @@
 Letters: B rows, T tokens, C width, H heads, D head dimension, V vocabulary.
 """
 
+import functools
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +20,21 @@ from torch import Tensor, nn
 
 from nanochat_core.model import attention, fp8
 from nanochat_core.model.cross_entropy import softcapped_nll
-from nanochat_core.model.kv_cache import KVCache
+from nanochat_core.model.forward import (
+    Function,
+    Layer,
+    Scalars,
+    Weights,
+    angles,
+    forward_pass,
+    norm,
+    softcap,
+    turn,
+)
 from nanochat_core.model.shape import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-SOFTCAP = 15.0
-NORM_EPS = 1e-6
 
 
 class Linear(nn.Linear):
@@ -52,31 +61,14 @@ class Embedding(nn.Embedding):
         pass
 
 
-def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on (B, H, T, D), first half of D against the second."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
-
-
-def angles(config: GPTConfig) -> Tensor:
-    """How far each pair of channels turns at each position (P, D/2)."""
-    D = config.head_dim
-    inverse = config.rope_base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
-    return torch.arange(config.positions, dtype=torch.float32)[:, None] * inverse
-
-
 class Attention(nn.Module):
+    """The weights of one layer's attention."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.window = config.windows()[layer]
         self.blocks: BlockMask | None = None
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.scale = 1.0 if config.arch == "seed" else 1.2  # sharper attention than QK-norm alone allows
         C = config.n_embd
         self.c_q = Linear(C, self.n_head * self.head_dim)
         self.c_k = Linear(C, self.n_kv_head * self.head_dim)
@@ -86,71 +78,42 @@ class Attention(nn.Module):
             Linear(VALUE_GATE_CHANNELS, self.n_kv_head) if config.has_value_embedding(layer) else None
         )
 
-    def forward(
-        self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor], past: "_Past | None"
-    ) -> Tensor:
+    def heads(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """(B, T, C) -> queries (B, H, T, D) and keys (B, Hk, T, D); values (B, T, Hk, D)."""
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
-        if self.ve_gate is not None:
-            assert ve is not None
-            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, Hk)
-            v = v + gate[..., None] * ve.view(B, T, self.n_kv_head, self.head_dim)
-        v = v.transpose(1, 2)
-        q, k = norm(rotate(q, *rope)), norm(rotate(k, *rope))
-        if self.scale != 1.0:
-            q, k = q * self.scale, k * self.scale
-        if past is None:
-            y = attention.causal(q, k, v, self.window, self.blocks)
-        else:
-            y = past.attend(self.layer, self.window, q, k, v)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+        return (q, k), v
 
 
 class MLP(nn.Module):
+    """The weights of one layer's MLP."""
+
     def __init__(self, C: int) -> None:
         super().__init__()
         self.c_fc = Linear(C, 4 * C)
         self.c_proj = Linear(4 * C, C)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())  # type: ignore[no-any-return]
-
 
 class Block(nn.Module):
+    """The weights of one layer."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config.n_embd)
 
-    def forward(
-        self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor], past: "_Past | None"
-    ) -> Tensor:
-        x = x + self.attn(norm(x), ve, rope, past)
-        return x + self.mlp(norm(x))  # type: ignore[no-any-return]
+
+class After(NamedTuple):
+    """Where tokens that continue others stand."""
+
+    positions: Tensor  # (B, T)
+    last: Tensor  # (B,): the token before the first new one
 
 
-class _Past:
-    """One forward pass against a cache: where the new tokens go and what each of them may see."""
-
-    def __init__(self, cache: KVCache, T: int) -> None:
-        self.cache = cache
-        self.at = cache.positions(T)  # (B, T)
-        self.high = min(cache.high + T, cache.capacity)
-        self._seen: dict[int, Tensor] = {}
-
-    def attend(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.extend(layer, k, v, self.at, self.high)
-        y = attention.cached(q.to(keys.dtype), keys, values, self.seen(window))
-        return y.to(q.dtype)
-
-    def seen(self, window: int) -> Tensor:
-        if window not in self._seen:
-            s = torch.arange(self.high, device=self.at.device)
-            at = self.at[:, :, None]
-            self._seen[window] = (s <= at) & (s >= at - window)
-        return self._seen[window]
+AttendAs = Callable[[int, int, Tensor, Tensor, Tensor], Tensor]
+"""Layer, window, q, k and v (B, H, T, D) -> (B, H, T, D)."""
 
 
 class GPT(nn.Module):
@@ -240,54 +203,79 @@ class GPT(nn.Module):
             cos, sin = cos[positions][:, None], sin[positions][:, None]
         return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None, count: Tensor | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C), normed, ready for the head. With a cache, `count` (B,) new tokens of
-        each row are real."""
-        T = idx.size(1)
-        past = None if cache is None else _Past(cache, T)
-        rope = self.rope(None if past is None else past.at, T, idx.device)
-        x = norm(self.wte(idx).to(self.compute_dtype))
-        embedded = x
-        if self.modern:
-            if cache is None:
-                before = F.pad(x[:, :-1], (0, 0, 1, 0))  # the token before each; nothing before the first
-            else:
-                stored = cache.previous if cache.index is None else cache.previous[cache.index]
-                stored = stored.to(x.dtype) * (cache.lengths() > 0)[:, None]
-                before = torch.cat((stored[:, None], x[:, :-1]), dim=1)
-            gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
-            x = x + gate * before
-        x0 = middle = x
+    def embed(self, idx: Tensor) -> Tensor:
+        return self.wte(idx).to(self.compute_dtype)  # type: ignore[no-any-return]
+
+    def weights(self) -> Weights:
+        """The modules as `forward_pass` takes them."""
+        dtype = self.compute_dtype
+        layers = []
         for i, block in enumerate(self.blocks):
-            ve = None
-            if self.modern:
-                x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
-                if str(i) in self.value_embeds:
-                    ve = self.value_embeds[str(i)](idx).to(x.dtype)
-            x = block(x, ve, rope, past)
-            if i == self.config.n_layer // 2:
-                middle = x
+            assert isinstance(block, Block)
+            attn, mlp = block.attn, block.mlp
+            value: Function | None = None
+            if attn.ve_gate is not None:
+                value = functools.partial(self._value, i)
+            layers.append(Layer(attn.heads, attn.c_proj, mlp.c_fc, mlp.c_proj, value, attn.ve_gate))
+        scalars = None
         if self.modern:
-            x = x - self.backout_lambda.to(x.dtype) * middle
-        if cache is not None:
-            if count is None:
-                count = torch.full((idx.size(0),), T, device=idx.device)
-            cache.advance(count, embedded[torch.arange(idx.size(0), device=idx.device), count - 1])
-            cache.high = min(cache.high + T, cache.capacity)
-        return norm(x)
+            scalars = Scalars(
+                [self.resid_lambdas[i].to(dtype) for i in range(len(layers))],
+                [self.x0_lambdas[i].to(dtype) for i in range(len(layers))],
+                self.smear_lambda.to(dtype),
+                self.smear_gate,
+                self.backout_lambda.to(dtype),
+            )
+        return Weights(self.embed, layers, scalars)
 
-    def forward(self, idx: Tensor, *, cache: KVCache | None = None, last: Tensor | None = None) -> Tensor:
-        """(B, T) tokens -> fp32 logits (B, T, V); with `last` (B,) only those of position last[b] of each
-        row, (B, 1, V).
+    def _value(self, layer: int, idx: Tensor) -> Tensor:
+        return self.value_embeds[str(layer)](idx).to(self.compute_dtype)  # type: ignore[no-any-return]
 
-        With a cache the tokens follow those already read; rows shorter than T are padded on the right and
-        `last` says where each really ends.
+    def hidden(self, idx: Tensor, after: After | None = None, attend_as: AttendAs | None = None) -> Tensor:
+        """(B, T) tokens -> (B, T, C), normed, ready for the head.
+
+        Tokens `after` others need `attend_as`, which adds the keys and values of those.
         """
-        x = self.hidden(idx, cache, None if last is None else last + 1)
+        B, T = idx.shape
+        cos, sin = self.rope(None if after is None else after.positions, T, idx.device)
+
+        def earlier(x: Tensor) -> Tensor:
+            if after is None:
+                return F.pad(x[:, :-1], (0, 0, 1, 0))
+            return torch.cat((norm(self.embed(after.last))[:, None], x[:, :-1]), dim=1)
+
+        def attend(layer: int, qk: Sequence[Tensor], v: Tensor) -> Tensor:
+            attn = self.blocks[layer].attn
+            assert isinstance(attn, Attention)
+            q, k = qk
+            v = v.transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
+            if attend_as is None:
+                y = attention.causal(q, k, v, attn.window, attn.blocks)
+            else:
+                y = attend_as(layer, attn.window, q, k, v)
+            return y.transpose(1, 2).reshape(B, T, -1)
+
+        scale = self.config.attention_scale
+        return forward_pass(
+            self.config,
+            self.weights(),
+            idx,
+            earlier=earlier,
+            turn=lambda x: turn(x, cos, sin, scale),
+            attend=attend,
+        )
+
+    def forward(self, idx: Tensor, *, last: Tensor | None = None) -> Tensor:
+        """(B, T) tokens -> fp32 logits (B, T, V); with `last` (B,) only those of position last[b] of each
+        row, (B, 1, V)."""
+        x = self.hidden(idx)
         if last is not None:
             x = x[torch.arange(x.size(0), device=x.device), last][:, None]
-        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
-        return SOFTCAP * torch.tanh(logits / SOFTCAP)
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What `hidden` returns (..., C) -> fp32 logits (..., V)."""
+        return softcap(self.lm_head(x)[..., : self.config.vocab_size].float())
 
     def loss(self, idx: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of weights x negative log likelihood, and each token's own (B, T), detached, in nats.
@@ -296,7 +284,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx)
         head = self.lm_head.weight[: self.config.vocab_size].to(x.dtype)
-        total, nll = softcapped_nll(x.flatten(0, 1), head, targets.flatten(), weights.flatten(), SOFTCAP)
+        total, nll = softcapped_nll(x.flatten(0, 1), head, targets.flatten(), weights.flatten())
         return total, nll.view_as(targets)
 
     def use_fp8(self) -> "GPT":

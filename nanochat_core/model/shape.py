@@ -65,6 +65,16 @@ class GPTConfig:
     def rope_base(self) -> float:
         return 10_000.0 if self.arch == "seed" else 100_000.0
 
+    @property
+    def attention_scale(self) -> float:
+        """The factor on normed queries and on normed keys; above 1 attention can be sharper."""
+        return 1.0 if self.arch == "seed" else 1.2
+
+    @property
+    def backout_layer(self) -> int:
+        """The layer whose output `modern` subtracts from the last one's."""
+        return self.n_layer // 2
+
     def windows(self) -> list[int]:
         """How far back each layer looks: in `seed` to the very beginning; in `modern` three short layers (a
         quarter of the sequence), one long; the last is long."""

@@ -5,28 +5,55 @@ square root of the batch.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from nanochat_core.model.gpt import GPT
+from nanochat_core.optim.adamw import adamw_update
 from nanochat_core.optim.schedule import Rates
+
+
+class Elementwise(Protocol):
+    """An update rule that treats every element alike, in place, on a flat stretch (n,) of a parameter.
+
+    `mean` and `square` are its state, zeros at first and kept in checkpoints; `step` counts from 1; `lr` is
+    the group's rate times the schedule's multiplier.
+    """
+
+    def __call__(
+        self,
+        p: Tensor,
+        grad: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        *,
+        step: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None: ...
+
+
+DEFAULT_RATES = Rates()
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share an update rule. Muon's are all of one shape."""
+    """Parameters that share an update rule. Muon's are all of one shape; the others' may differ."""
 
-    kind: Literal["adamw", "muon", "classic_muon"]
+    kind: Literal["elementwise", "muon", "classic_muon"]
     names: tuple[str, ...]
     params: tuple[nn.Parameter, ...] = field(repr=False)
     lr: float
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
+    rule: Elementwise = adamw_update  # of the kind `elementwise`
 
 
-def parameter_groups(model: GPT, rates: Rates) -> list[Group]:
+def parameter_groups(model: GPT, rates: Rates = DEFAULT_RATES) -> list[Group]:
     """Every parameter of the model in exactly one group."""
     named = dict(model.named_parameters())
     by_width = (model.config.n_embd / 768) ** -0.5 * rates.scale * rates.stage
@@ -38,7 +65,7 @@ def parameter_groups(model: GPT, rates: Rates) -> list[Group]:
     ) -> Group:
         names = tuple(n for n in named if n.startswith(prefix) and n not in taken)
         taken.update(names)
-        return Group("adamw", names, tuple(named[n] for n in names), lr, weight_decay, betas)
+        return Group("elementwise", names, tuple(named[n] for n in names), lr, weight_decay, betas)
 
     if model.modern:
         groups = [

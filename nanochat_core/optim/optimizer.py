@@ -6,15 +6,16 @@ views into one stacked tensor, and their gradients into another, so that nothing
 batch.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat_core.optim.adamw import adamw_update
 from nanochat_core.optim.groups import Group
 from nanochat_core.optim.muon import MuonState, muon_update, new_state
+from nanochat_core.optim.seals import Seals
 
 REPLICATED_BELOW = 4096  # elements; smaller parameters are updated alike on every rank
 
@@ -33,23 +34,28 @@ class _Piece(NamedTuple):
     name: str
     whole: Tensor  # parameters, (n, ...)
     grads: Tensor  # as `whole`
-    sharded: bool
+    used: int  # rows of `whole` that are parameters; the rest pads it
+    divides: bool  # among the ranks, if there are several
+    sharded: bool  # there are several, and it divides
     state: dict[str, Tensor]
 
 
 class Optimizer:
     """Updates the parameters of `groups`, whose gradients are sums over all ranks' tokens."""
 
-    def __init__(self, groups: list[Group], *, rank: int = 0, size: int = 1, dtype: torch.dtype) -> None:
+    def __init__(self, groups: Sequence[Group], *, rank: int = 0, size: int = 1, dtype: torch.dtype) -> None:
         self.rank, self.size, self.dtype = rank, size, dtype
         self.step_count = 0
         self.pieces: list[_Piece] = []
         for group in groups:
-            if group.kind == "adamw":
+            if group.kind == "elementwise":
                 for name, p in zip(group.names, group.params, strict=True):
-                    self._add_adamw(group, name, p)
+                    self._add_elementwise(group, name, p)
             else:
                 self._add_muon(group)
+        whole = {piece.name: piece.whole for piece in self.pieces}
+        named = {name: p for group in groups for name, p in zip(group.names, group.params, strict=True)}
+        self.seals = Seals(whole | self.state_dict(), named)
 
     def _add_muon(self, group: Group) -> None:
         K, (m, n) = len(group.params), group.params[0].shape
@@ -60,11 +66,12 @@ class Optimizer:
             whole[i].copy_(p.data)
             p.data, p.grad = whole[i], grads[i]
         state = new_state(padded // self.size, m, n, whole.device)
-        piece = _Piece(group, f"muon_{m}x{n}", whole, grads, self.size > 1, state._asdict())
+        piece = _Piece(group, f"muon_{m}x{n}", whole, grads, K, True, self.size > 1, state._asdict())
         self.pieces.append(piece)
 
-    def _add_adamw(self, group: Group, name: str, p: torch.nn.Parameter) -> None:
-        sharded = self.size > 1 and p.numel() >= REPLICATED_BELOW
+    def _add_elementwise(self, group: Group, name: str, p: torch.nn.Parameter) -> None:
+        divides = p.numel() >= REPLICATED_BELOW
+        sharded = divides and self.size > 1
         numel = -(-p.numel() // self.size) * self.size if sharded else p.numel()
         whole = torch.zeros(numel, device=p.device)
         grads = torch.zeros_like(whole)
@@ -72,11 +79,12 @@ class Optimizer:
         p.data, p.grad = whole[: p.numel()].view(p.shape), grads[: p.numel()].view(p.shape)
         own = numel // self.size if sharded else numel
         state = {"mean": torch.zeros(own, device=p.device), "square": torch.zeros(own, device=p.device)}
-        self.pieces.append(_Piece(group, name, whole, grads, sharded, state))
+        self.pieces.append(_Piece(group, name, whole, grads, p.numel(), divides, sharded, state))
 
     def zero_grad(self) -> None:
         for piece in self.pieces:
             piece.grads.zero_()
+        self.seals.gradients.clear()
 
     def _own(self, piece: _Piece, tensor: Tensor) -> Tensor:
         """This rank's part of a piece."""
@@ -114,8 +122,8 @@ class Optimizer:
             p, grad = self._own(piece, piece.whole), self._own(piece, piece.grads)
             if grad_scale != 1.0:
                 grad.mul_(grad_scale)
-            if group.kind == "adamw":
-                adamw_update(
+            if group.kind == "elementwise":
+                group.rule(
                     p,
                     grad,
                     piece.state["mean"],
@@ -146,12 +154,22 @@ class Optimizer:
         """This rank's state, by name; the tensors themselves, not copies."""
         return {f"{piece.name}/{key}": t for piece in self.pieces for key, t in piece.state.items()}
 
-    def load_state_dict(self, state: dict[str, Any], step_count: int) -> None:
-        own = self.state_dict()
-        if own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own):
-            raise ValueError(
-                "the optimizer's saved state has another shape than this run's model or number of ranks"
-            )
-        for key, tensor in own.items():
-            tensor.copy_(state[key])
+    def load_state_dict(self, parts: Sequence[Callable[[str], Tensor]], step_count: int) -> None:
+        """Take this rank's share of a saved state. `parts` give each saving rank's tensors by name; there may
+        have been more or fewer ranks than now."""
+        for piece in self.pieces:
+            for key, own in piece.state.items():
+                name = f"{piece.name}/{key}"
+                saved = [part(name) for part in (parts if piece.divides else parts[:1])]
+                n, m = len(saved[0]), len(own)
+                padding = n * len(saved) - piece.used
+                if not 0 <= padding < len(saved) or saved[0].shape[1:] != own.shape[1:]:
+                    raise ValueError("the optimizer's saved state has another shape than this run's model")
+                start = self.rank * m if piece.sharded else 0
+                own.zero_()  # what pads the last rank's share
+                for r, tensor in enumerate(saved):
+                    low, high = max(start, r * n), min(start + m, (r + 1) * n, piece.used)
+                    if low < high:
+                        own[low - start : high - start].copy_(tensor[low - r * n : high - r * n])
         self.step_count = step_count
+        self.seals.on = False

@@ -5,7 +5,7 @@ from nanochat_core.report.curves import curve_png, curve_svg, read_rows
 from nanochat_core.report.pages import (
     Curve,
     Report,
-    Table,
+    ReportTable,
     number,
     signed,
     to_html,
@@ -18,7 +18,7 @@ __all__ = [
     "Curve",
     "Finished",
     "Report",
-    "Table",
+    "ReportTable",
     "collect",
     "curve_png",
     "curve_svg",

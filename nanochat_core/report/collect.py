@@ -5,16 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nanochat_core.artifacts.progress import count, span
-from nanochat_core.artifacts.stage import Metrics
+from nanochat_core.artifacts.stage import Metrics, Stage
 from nanochat_core.report.curves import curve_svg, read_rows
 from nanochat_core.report.effort import effort_blocks, when, whole
-from nanochat_core.report.pages import Block, Curve, Quote, Report, Table, Text, number, signed
+from nanochat_core.report.pages import Block, Curve, Quote, Report, ReportTable, Text, number, signed
 from nanochat_core.report.published import D20, core_name
 from nanochat_core.report.rows import Finished, read_finished, read_lines
 
-MODELS = ("base", "mid", "sft", "rl")
-EVALUATIONS = {"base_eval": "base", "mid_eval": "mid", "sft_eval": "sft", "rl_eval": "rl"}
-CHATS = ("mid_eval", "sft_eval", "rl_eval")
 MEASURES = {
     "val_bpb": "bits per byte",
     "reward": "reward",
@@ -22,6 +19,7 @@ MEASURES = {
     "chatcore": "ChatCORE",
     "chatcore_5": "ChatCORE without SpellingBee",
 }
+LEARNED = ("val_bpb_start", "val_bpb", "reward_start", "reward", "reward_se_start", "reward_se")
 NO_TASKS = (
     "chatcore",
     "chatcore_5",
@@ -32,10 +30,10 @@ NO_TASKS = (
 )  # what stands beside the tasks
 
 
-def collect(inputs: Mapping[str, Path], *, samples: int = 3) -> Report:
+def collect(inputs: Mapping[str, Path], stages: Mapping[str, Stage], *, samples: int = 3) -> Report:
     """Read the rows' directories (row -> directory, in the table's order) and lay the report out."""
-    rows = {name: read_finished(directory) for name, directory in inputs.items()}
-    metrics = headline_metrics({name: row.metrics for name, row in rows.items()}) | whole(rows)
+    rows = {name: read_finished(directory, stages[name]) for name, directory in inputs.items()}
+    metrics = headline_metrics(rows) | whole(rows)
     first = next(iter(rows.values()), None)
     profile = first.job.get("profile", "") if first else ""
     sections: list[tuple[str, Sequence[Block]]] = [("What it came to", summary(rows, metrics))]
@@ -61,32 +59,28 @@ def collect(inputs: Mapping[str, Path], *, samples: int = 3) -> Report:
     return Report(f"nanochat report: {Path(profile).stem}", sections, metrics)
 
 
-def headline_metrics(rows: Mapping[str, Metrics]) -> Metrics:
-    """The run's numbers by their public names: `base/val_bpb`, `rl/reward`, `<stage>/<task>` and so on."""
+def headline_metrics(rows: Mapping[str, Finished]) -> Metrics:
+    """The run's numbers by their public names: `base/val_bpb`, `rl/reward`, `<model>/<task>` and so on. What
+    a later row measured of a model counts."""
     found: Metrics = {}
-    pretrain, losses = rows.get("pretrain", {}), rows.get("base_loss", {})
-    for key in ("params", "tokens", "flops", "val_bpb_start"):
-        if key in pretrain:
-            found[f"base/{key}"] = pretrain[key]
-    val = losses.get("val_bpb", pretrain.get("val_bpb"))
-    if val is not None:
-        found["base/val_bpb"] = val
-    for stage in ("mid", "sft", "rl"):
-        for key in ("val_bpb_start", "val_bpb", "reward_start", "reward", "reward_se_start", "reward_se"):
-            if key in rows.get(stage, {}):
-                found[f"{stage}/{key}"] = rows[stage][key]
-    for row, model in EVALUATIONS.items():
-        for key, value in rows.get(row, {}).items():
-            if isinstance(value, int | float):
-                found[f"{model}/{key}"] = value
+    for row in rows.values():
+        model, metrics = row.stage.trains or row.stage.measures, row.metrics
+        for key in row.stage.shows or (LEARNED if row.stage.trains else metrics):
+            if model and isinstance(metrics.get(key), int | float):
+                found[f"{model}/{key}"] = metrics[key]
     return found
+
+
+def models_of(metrics: Metrics) -> list[str]:
+    """The models that public names begin with, in the table's order."""
+    return list(dict.fromkeys(key.partition("/")[0] for key in metrics))
 
 
 def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
     """One line for each thing that was to get better: where it began, where it ended."""
     lines = []
     for name, row in rows.items():
-        if name in EVALUATIONS:
+        if row.stage.measures:
             continue
         for key, value in row.metrics.items():
             start = row.metrics.get(f"{key}_start")
@@ -95,7 +89,11 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
             if isinstance(value, int | float) and isinstance(start, int | float):
                 shown = (_with_noise(row.metrics, key, end) for end in ("_start", ""))
                 lines.append([name, MEASURES.get(key, key), *shown, signed(value - start)])
-    scores = [(model, metrics[f"{model}/chatcore"]) for model in MODELS if f"{model}/chatcore" in metrics]
+    scores = [
+        (model, metrics[f"{model}/chatcore"])
+        for model in models_of(metrics)
+        if f"{model}/chatcore" in metrics
+    ]
     before: float | None = None
     others = False
     for i, (model, score) in enumerate(scores):
@@ -126,7 +124,7 @@ def summary(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
     ]
     if lines:
         noisy = any("±" in cell for line in lines for cell in line)
-        blocks.append(Table(["stage", "measure", "before", "after", "change"], lines, names=2))
+        blocks.append(ReportTable(["stage", "measure", "before", "after", "change"], lines, names=2))
         noise = " What follows ± is the standard error over the problems asked." if noisy else ""
         blocks.append(Text(f"Of bits per byte and loss less is better, of everything else more.{noise}"))
     if others:
@@ -157,8 +155,8 @@ def tasks_of(metrics: Metrics, model: str) -> set[str]:
 def task_table(metrics: Metrics) -> list[Block]:
     """What each model can do: its text, its tasks, ChatCORE; the gain is from the first one measured to the
     last, and of ChatCORE only if both were over the same tasks."""
-    chat = [model for model in MODELS if f"{model}/chatcore" in metrics]
-    models = [model for model in MODELS if model in chat or f"{model}/core" in metrics]
+    chat = [model for model in models_of(metrics) if f"{model}/chatcore" in metrics]
+    models = [model for model in models_of(metrics) if model in chat or f"{model}/core" in metrics]
     tasks = dict.fromkeys(
         key.partition("/")[2] for model in chat for key in metrics if key.startswith(f"{model}/")
     )
@@ -173,13 +171,12 @@ def task_table(metrics: Metrics) -> list[Block]:
         gain = signed(known[-1] - known[0]) if len(known) > 1 and same else ""
         if known:
             lines.append([measure(task, metrics), *(number(value) for value in values), gain])
-    return [Table(["task", *(model.upper() for model in models), "gain"], lines)] if lines else []
+    return [ReportTable(["task", *(model.upper() for model in models), "gain"], lines)] if lines else []
 
 
 def published_blocks(rows: Mapping[str, Finished], metrics: Metrics) -> list[Block]:
     """The same measures as others published them, where they are the same: on the published tasks."""
-    assets = rows["assets"].job["config"] if "assets" in rows else {}
-    if assets.get("source") != "hub":
+    if not any(row.job["config"].get("source") == "hub" for row in rows.values()):
         marks = "; ".join(f"{run.what}: CORE {run.numbers['base/core']:.4f}" for run in D20)
         return [
             Text(
@@ -197,11 +194,12 @@ def published_blocks(rows: Mapping[str, Finished], metrics: Metrics) -> list[Blo
         "One recipe spreads over .0165 of CORE from run to run; bits per byte compare only on the "
         "same text; ChatCORE only over the same six tasks."
     )
-    return [Table(["", "this run", *(run.what for run in D20)], lines), Text(note)] if lines else []
+    return [ReportTable(["", "this run", *(run.what for run in D20)], lines), Text(note)] if lines else []
 
 
 def core_table(rows: Mapping[str, Finished]) -> list[Block]:
-    measured = rows["base_eval"].metrics if "base_eval" in rows else {}
+    evaluated = [row.metrics for row in rows.values() if row.stage.measures and "core" in row.metrics]
+    measured = evaluated[0] if evaluated else {}
     lines = [
         [
             core_name(measured) if key == "core" else key,
@@ -212,7 +210,7 @@ def core_table(rows: Mapping[str, Finished]) -> list[Block]:
         if isinstance(value, int | float) and not key.endswith("_accuracy")
     ]
     note = "The score is the accuracy, centred so that guessing is 0 and always being right is 1."
-    return [Table(["task", "accuracy", "score"], lines), Text(note)] if lines else []
+    return [ReportTable(["task", "accuracy", "score"], lines), Text(note)] if lines else []
 
 
 def sample_quotes(rows: Mapping[str, Finished], most: int) -> list[Block]:
@@ -226,7 +224,8 @@ def sample_quotes(rows: Mapping[str, Finished], most: int) -> list[Block]:
                 Quote(f"{name}: samples", "\n#".join(parts[: most + (not parts[0].startswith("#"))]))
             )
     for name, row in rows.items():
-        files = sorted((row.directory / "answers").glob("*.jsonl")) if name in CHATS else []
+        chats = row.stage.measures and "chatcore" in row.metrics
+        files = sorted((row.directory / "answers").glob("*.jsonl")) if chats else []
         lines = [line for path in files for line in first_answers(path)]
         if lines:
             quotes.append(Quote(f"{name}: first answers", "\n".join(lines)))
@@ -266,7 +265,7 @@ def provenance_blocks(rows: Mapping[str, Finished]) -> list[Block]:
     facts["profile"] = {str(first.job.get("profile", "")): None}
     facts["runtime"] = {" ".join(f"{key}={value}" for key, value in runtime.items()): None}
     blocks: list[Block] = [
-        Table(["", ""], [[key, "; ".join(values)] for key, values in facts.items()], words=1)
+        ReportTable(["", ""], [[key, "; ".join(values)] for key, values in facts.items()], words=1)
     ]
     if len(facts.get("code", {})) > 1:
         blocks.append(

@@ -12,7 +12,7 @@ from nanochat_core.artifacts.stage import Metrics
 from nanochat_core.machine.hardware import LATEST
 from nanochat_core.report.curves import read_rows
 from nanochat_core.report.headline import headline
-from nanochat_core.report.pages import Block, Table, Text
+from nanochat_core.report.pages import Block, ReportTable, Text
 from nanochat_core.report.rows import Finished
 
 # In training, for where nothing can be read: a Spark at the wall, as others measured it; of the rest a GPU's
@@ -164,7 +164,7 @@ def effort_blocks(rows: Mapping[str, Finished]) -> list[Block]:
     lines.append(["all", span(seconds), "", kwh(drawn), *end, ""])
     head = ["stage", "time", "attempts", "energy", *(["cost"] if priced else [])]
     head += [*(["TFLOP/s"] if timed else []), ""]
-    blocks: list[Block] = [Table(head, lines, words=1), Text(meter_words(list(meters), rows))]
+    blocks: list[Block] = [ReportTable(head, lines, words=1), Text(meter_words(list(meters), rows))]
     found = [one for name, row in rows.items() for one in breaks(name, row.attempts)]
     if found:
         cells = [
@@ -176,7 +176,7 @@ def effort_blocks(rows: Mapping[str, Finished]) -> list[Block]:
                 f"{len(found)} interruptions; nothing was done for {span(sum(one.seconds for one in found))}:"
             )
         )
-        blocks.append(Table(["stage", "when (UTC)", "down for", "what"], cells, words=1))
+        blocks.append(ReportTable(["stage", "when (UTC)", "down for", "what"], cells, words=1))
     else:
         blocks.append(Text("No interruption: every stage ended in its first attempt."))
     return blocks

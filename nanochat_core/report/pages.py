@@ -30,7 +30,7 @@ class Text(NamedTuple):
     text: str
 
 
-class Table(NamedTuple):
+class ReportTable(NamedTuple):
     """The first `names` columns and the last `words` ones hold text; what lies between is numbers."""
 
     head: Sequence[str]
@@ -51,7 +51,7 @@ class Quote(NamedTuple):
     text: str
 
 
-Block = Text | Table | Curve | Quote
+Block = Text | ReportTable | Curve | Quote
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def to_markdown(report: Report) -> str:
             match block:
                 case Text(text):
                     parts.append(text)
-                case Table(head, rows, words, names):
+                case ReportTable(head, rows, words, names):
                     numbers = range(names, len(head) - words)
                     align = ["---:" if i in numbers else "---" for i in range(len(head))]
                     cells = [[cell.replace("|", "\\|") for cell in row] for row in [head, align, *rows]]
@@ -102,7 +102,7 @@ def to_html(report: Report) -> str:
             match block:
                 case Text(text):
                     parts.append(f"<p>{html.escape(text)}</p>")
-                case Table():
+                case ReportTable():
                     parts.append(html_table(block))
                 case Curve(name, svg):
                     parts.append(f"<h3>{html.escape(name)}</h3>{svg}")
@@ -128,7 +128,7 @@ def signed(value: float) -> str:
     return f"{value:+.4f}"
 
 
-def html_table(table: Table) -> str:
+def html_table(table: ReportTable) -> str:
     numbers = range(table.names, len(table.head) - table.words)
 
     def line(cells: Sequence[str], tag: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat_core.artifacts import store
-from nanochat_core.artifacts.stage import Metrics
+from nanochat_core.artifacts.stage import Metrics, Stage
 
 
 class Finished(NamedTuple):
@@ -15,6 +15,7 @@ class Finished(NamedTuple):
     job: dict[str, Any]
     result: dict[str, Any]
     attempts: list[dict[str, Any]]
+    stage: Stage
 
     @property
     def metrics(self) -> Metrics:
@@ -29,12 +30,12 @@ class Finished(NamedTuple):
         return [row for row in read_lines(self.directory / "machine.jsonl") if "time" in row]
 
 
-def read_finished(directory: Path) -> Finished:
+def read_finished(directory: Path, stage: Stage) -> Finished:
     result = store.read_result(directory)
     if result is None:
         raise ValueError(f"{directory} is not finished; the report reads finished stages only")
     job = json.loads((directory / "job.json").read_text())
-    return Finished(directory, job, result, store.read_attempts(directory))
+    return Finished(directory, job, result, store.read_attempts(directory), stage)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

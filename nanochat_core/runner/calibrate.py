@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 from nanochat_core.artifacts import store
 from nanochat_core.artifacts.stage import Runtime, canonical
 from nanochat_core.machine import guard, hardware
+from nanochat_core.machine.installed import module
 from nanochat_core.model.flops import flops_per_token, num_params
 from nanochat_core.model.shape import GPTConfig
 from nanochat_core.report.published import EXPECTED
 from nanochat_core.runner.plan import Plan
 from nanochat_core.stages import pretrain
+from nanochat_core.train.config import base_shape
 
 SLICES = (4, 8)  # layers; the pattern of windows and value embeddings repeats every four
 WHOLE_SECONDS, MOST_SECONDS = 40.0, 600.0  # a whole model if it takes less, nothing if slices take more
@@ -93,10 +95,9 @@ def assumed(plan: Plan, rate: float) -> Calibration | None:
 
 def shape_of(plan: Plan) -> GPTConfig | None:
     """The plan's model, if it is one of ours."""
-    job, tokenizer = plan.jobs.get("pretrain"), plan.jobs.get("tokenizer")
-    if job is None or tokenizer is None or not isinstance(job.config, pretrain.Config):
+    if plan.base is None or not isinstance(plan.jobs[plan.base].config, pretrain.Config):
         return None
-    return job.config.shape(tokenizer.config.vocab_size)
+    return base_shape(plan.planned(plan.base))
 
 
 def path_of(plan: Plan, shape: GPTConfig) -> Path:
@@ -119,9 +120,9 @@ def device_batches(plan: Plan) -> list[int]:
     """The profile's own and two smaller ones. Never a larger one: a Spark that runs out of memory stands
     still."""
     shape = shape_of(plan)
-    assert shape is not None
-    whole = max(1, round(plan.facts("pretrain")["batch"]) // shape.sequence_len // plan.runtime.processes)
-    most = min(whole, plan.runtime.device_batch.get("pretrain", 32))
+    assert shape is not None and plan.base is not None
+    whole = max(1, round(plan.facts(plan.base)["batch"]) // shape.sequence_len // plan.runtime.processes)
+    most = min(whole, plan.runtime.device_batch.get(plan.base, 32))
     return sorted({max(1, most // 4), max(1, most // 2), most})
 
 
@@ -210,7 +211,7 @@ def calibrate(plan: Plan, say: Callable[[str], object]) -> Calibration:
 def _child(asked: str) -> dict[str, Any]:
     """The child's findings; it is ended if memory runs short, as a stage would be."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "nanochat_core.runner.calibrate", asked],
+        module("nanochat_core.runner.calibrate", asked),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -293,8 +294,8 @@ def _time(shape: GPTConfig, runtime: Runtime, world: Any, batches: list[int]) ->
 
     from nanochat_core.artifacts.stage import Job
     from nanochat_core.data.batch import Batch
+    from nanochat_core.infer.decoder import Decoder
     from nanochat_core.model.gpt import GPT
-    from nanochat_core.model.kv_cache import KVCache
     from nanochat_core.train.config import Training
     from nanochat_core.train.loop import _Runner
     from nanochat_core.train.setup import new_state
@@ -316,7 +317,7 @@ def _time(shape: GPTConfig, runtime: Runtime, world: Any, batches: list[int]) ->
 
     state = new_state(GPT(shape).init_weights(0), Training().rates(2**19), world)
     runtime = runtime.model_copy(update={"device_batch": {}})
-    runner = _Runner(Job("pretrain", None, {}, Path(), runtime, ""), world, state, runtime.compile)
+    runner = _Runner(Job("", Training(), {}, Path(), runtime, ""), world, state, runtime.compile)
     ids = torch.randint(
         shape.vocab_size, (batches[-1], shape.sequence_len + 1), generator=torch.Generator().manual_seed(0)
     )
@@ -342,9 +343,10 @@ def _time(shape: GPTConfig, runtime: Runtime, world: Any, batches: list[int]) ->
         found["forward"] = seconds(
             lambda: model(inputs, last=torch.zeros(len(inputs), dtype=torch.long, device=world.device)), 1
         )
-        cache = KVCache(shape, DECODE_ROWS, 16, device=world.device, dtype=world.dtype)
-        one = torch.zeros(DECODE_ROWS, 1, dtype=torch.long, device=world.device)
-        found["decode"] = seconds(lambda: model(one, cache=cache), 4)
+    decoder = Decoder(model, DECODE_ROWS)
+    decoder.reserve(1)
+    first = [0] * DECODE_ROWS  # token and position of every row
+    found["decode"] = seconds(lambda: decoder.read(first, [-1] * DECODE_ROWS, first, [], None), 4)
     return found
 
 

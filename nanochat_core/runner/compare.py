@@ -11,38 +11,39 @@ from nanochat_core.artifacts.stage import Metrics
 from nanochat_core.report import headline_metrics, read_finished
 from nanochat_core.report.published import EXPECTED
 from nanochat_core.runner.estimate import forecast, needs
-from nanochat_core.runner.plan import Plan, Verdict, latest_run
+from nanochat_core.runner.plan import Plan, Verdict, latest_run, latest_table
+from nanochat_core.runner.table import load_table
 
 
 def plan_facts(plan: Plan) -> dict[str, float | str | None]:
     """What a profile is and costs from its start, whatever has been done of it already."""
     verdicts = {name: Verdict("run", "") for name in plan.jobs}
     costs, rate = forecast(plan, verdicts)
-    pretrain = plan.facts("pretrain")
+    if plan.base is None:
+        raise ValueError(f"profile {plan.profile} trains no model")
+    facts, reads, here = plan.facts(plan.base), plan.planned(plan.base).reads, costs[plan.base].seconds
     expected = EXPECTED.get(Path(plan.profile).stem)
-    config = plan.jobs["pretrain"].config.model_dump()
-    vocabulary = plan.jobs["tokenizer"].config.model_dump() if "tokenizer" in plan.jobs else {}
+    config = plan.jobs[plan.base].config.model_dump()
+    read = {role: source.config.model_dump() for role, source in reads.items()}
     there: str | None = None
     if expected is not None:
-        slow, fast = (pretrain["flops"] / (plan.runtime.processes * each) for each in expected.rates)
+        slow, fast = (facts["flops"] / (plan.runtime.processes * each) for each in expected.rates)
         unit, name = (86400, "days") if slow > 2 * 86400 else (3600, "h")
         there = f"{fast / unit:.1f} to {slow / unit:.1f} {name} ({expected.reason})"
     return {
         "what": plan.title,
         "recipe": config.get("arch"),
         "depth": config.get("depth"),
-        "vocabulary": vocabulary.get("vocab_size"),
-        "text": str(plan.jobs["shards"].config.model_dump().get("source")),
-        "params": pretrain.get("params"),
-        "tokens": pretrain.get("tokens"),
-        "batch": pretrain.get("batch"),
-        "steps": pretrain.get("steps"),
-        "FLOPs": pretrain.get("flops"),
+        "vocabulary": read.get("tokenizer", {}).get("vocab_size"),
+        "text": str(read.get("text", {}).get("source")),
+        "params": facts.get("params"),
+        "tokens": facts.get("tokens"),
+        "batch": facts.get("batch"),
+        "steps": facts.get("steps"),
+        "FLOPs": facts.get("flops"),
         "disk": needs(plan, verdicts).disk,
         "pretraining there": there,
-        "pretraining here": f"{span(costs['pretrain'].seconds)} ({rate})"
-        if costs["pretrain"].seconds
-        else None,
+        "pretraining here": f"{span(here)} ({rate})" if here else None,
         "CORE to expect": expected.core if expected else None,
     }
 
@@ -62,27 +63,26 @@ def find_run(base_dir: Path, name: str) -> Run:
     directory = Path(name)
     if (directory / "job.json").is_file():
         record = json.loads((directory / "job.json").read_text())
-        if record.get("stage") != "report":
-            raise ValueError(
-                f"{directory} is no report: name a profile, or a directory in {base_dir / 'report'}"
-            )
+        table = load_table(record.get("stages", []))
+        if not table[record["stage"]].reports:
+            raise ValueError(f"{directory} is no report: name a profile, or the directory of its report")
         root = directory.resolve().parents[1]
         jobs = {row: source["fingerprint"] for row, source in record["inputs"].items()}
     else:
-        root = base_dir
+        root, table = base_dir, latest_table(base_dir, name)
         jobs = latest_run(base_dir, name) or {}
     found = {}
     for row, fingerprint in jobs.items():
         path = root / row / fingerprint
-        if row != "report" and store.read_result(path) is not None:
-            found[row] = read_finished(path)
+        if row in table and not table[row].reports and store.read_result(path) is not None:
+            found[row] = read_finished(path, table[row])
     if not found:
         raise ValueError(f"there is no finished run of {name} in {base_dir}; try: nanochat run {name}")
     recipe = {f"{row}.{key}": value for row, one in found.items() for key, value in one.job["config"].items()}
     commits = {str(one.job.get("provenance", {}).get("commit"))[:12] for one in found.values()}
     return Run(
         name,
-        headline_metrics({row: one.metrics for row, one in found.items()}),
+        headline_metrics(found),
         recipe,
         {row: float(one.result["seconds"]) for row, one in found.items()},
         ", ".join(sorted(commits)),

@@ -46,7 +46,7 @@ class Line(NamedTuple):
     remedy: str = ""
 
 
-class Unfit(ValueError):
+class RequirementsNotMet(ValueError):
     """The machine cannot carry the profile; the message names every reason and its cure."""
 
 
@@ -116,7 +116,7 @@ def preflight(
             say(f"{line.name}: {line.found}; {line.remedy}" if line.remedy else f"{line.name}: {line.found}")
     if broken:
         each = "; ".join(f"{line.name}: {line.found} ({line.remedy})" for line in broken)
-        raise Unfit(
+        raise RequirementsNotMet(
             f"this machine cannot carry {plan.profile}: {each}. All of it: nanochat doctor {plan.profile}"
         )
     return lines

@@ -7,30 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat_core.artifacts import store
+from nanochat_core.artifacts.planned import Estimate, Speed
 from nanochat_core.artifacts.progress import count
-from nanochat_core.runner.calibrate import BYTES_PER_PARAM, Calibration, assumed, assumed_rate, kept, shape_of
+from nanochat_core.artifacts.stage import Recipe
+from nanochat_core.runner.calibrate import BYTES_PER_PARAM, Calibration, assumed, assumed_rate, kept
 from nanochat_core.runner.plan import Plan, Verdict, latest_run
-from nanochat_core.stages import base_eval, base_loss, chat_eval, pretrain, rl
-from nanochat_core.train.config import ChatTraining
 
 START_SECONDS = 5.0  # a process, torch and the data, before the first step
-CONVERSATION_TOKENS = 500  # the mean of nanochat's mixture: 850 thousand rows, 424M tokens
-ANSWER_TOKENS = 150  # of a sampled answer, far below the most that is allowed
-CORE_TOKENS = 100e6  # all 22 tasks of the published bundle with their examples, about
-EXAMPLE_TOKENS = 400 * 3  # of one CORE example with its choices, about
-GENERATED = {"gsm8k": 1319, "humaneval": 164, "spellingbee": 256}  # problems of the test split
-CHOSEN = {
-    "mmlu": 14_042,
-    "arc_easy": 2376,
-    "arc_challenge": 1172,
-}  # answered by one letter: read, not written
-QUESTION_TOKENS = 150
-MEASURES = (
-    base_loss.Config,
-    base_eval.Config,
-    chat_eval.Config,
-    rl.Config,
-)  # what takes as long as the model is large
 HOW = ("device", "precision", "compile", "threads", "nproc", "nnodes")  # of a runtime: what sets the speed
 OVERHEAD = 2e9  # logs, Prefect's database, torch's compile cache
 
@@ -54,8 +37,8 @@ class Need(NamedTuple):
 def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, Forecast], str]:
     """Each row's share, from its last artefact, a calibration or its FLOPs; and the rate reckoned with."""
     results = earlier(plan)
-    model = plan.jobs.get("pretrain")
-    same_model = model is None or results.get("pretrain", {}).get("fingerprint") == model.fingerprint
+    base = plan.base
+    same_model = base is None or results.get(base, {}).get("fingerprint") == plan.jobs[base].fingerprint
     measured = kept(plan)
     rate, source = flops_rate(plan, results)
     speed = measured or assumed(plan, rate)
@@ -70,7 +53,8 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, For
             if old is not None and (factor := growth(plan, name, old, same_model)) is not None:
                 seconds = old["seconds"] * factor
             elif speed is not None:
-                seconds, about = by_calibration(plan, name, speed)
+                if (work := by_calibration(plan, name, speed)) is not None:
+                    seconds, about = START_SECONDS + work.seconds, work.about
             elif facts.get("flops"):
                 seconds = START_SECONDS + facts["flops"] / rate
             if seconds is not None and verdict.step is not None and facts.get("steps"):
@@ -78,7 +62,7 @@ def forecast(plan: Plan, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, For
         disk, scratch = sizes(plan, name, verdict, old)
         found[name] = Forecast(seconds, None if disk is None else disk + scratch, facts, about)
     if measured is not None:
-        best = measured.best(plan.runtime.device_batch.get("pretrain", 0))
+        best = measured.best(plan.runtime.device_batch.get(base or "", 0))
         words = f"{best.tokens_per_s:,.0f} tokens/s at {best.rows} rows ({measured.how})"
         return found, words + (
             f", times {plan.runtime.processes} processes" if plan.runtime.processes > 1 else ""
@@ -98,55 +82,17 @@ def earlier(plan: Plan) -> dict[str, dict[str, Any]]:
     return found
 
 
-def by_calibration(plan: Plan, name: str, speed: Calibration) -> tuple[float | None, bool]:
-    """Seconds of a stage by this machine's measured speed, and whether its work is only about known."""
-    recipe, facts = plan.jobs[name].config, plan.facts(name)
-    runtime = plan.runtime
-    train = speed.best(runtime.device_batch.get(name, 0)).tokens_per_s * runtime.processes
-    read, write = (
-        speed.forward_tokens_per_s * runtime.processes,
-        speed.decode_tokens_per_s * runtime.processes,
+def by_calibration(plan: Plan, name: str, measured: Calibration) -> Estimate | None:
+    """A stage's work at this machine's measured speed, as its recipe reckons it."""
+    best, ranks = measured.best(plan.runtime.device_batch.get(name, 0)), plan.processes(name)
+    speed = Speed(
+        best.tokens_per_s * ranks,
+        measured.forward_tokens_per_s * ranks,
+        measured.decode_tokens_per_s * ranks,
+        measured.update_seconds,
     )
-    match recipe:
-        case pretrain.Config():
-            looks: float = 2 + (int(facts["steps"] // recipe.eval_every) if recipe.eval_every else 0)
-            work = facts["tokens"] / train + facts["steps"] * speed.update_seconds
-            return START_SECONDS + work + looks * recipe.eval_tokens / read, False
-        case ChatTraining():
-            tokens = facts.get("tokens") or sum(recipe.mixture.values()) * CONVERSATION_TOKENS
-            steps = tokens / recipe.total_batch
-            looks = 2 + (steps // recipe.eval_every if recipe.eval_every else 0)
-            work = tokens / train + steps * speed.update_seconds
-            more = looks * recipe.eval_rows * CONVERSATION_TOKENS / read
-            return START_SECONDS + work + more, "tokens" not in facts
-        case rl.Config():
-            answers = recipe.steps * recipe.questions * recipe.samples
-            looks = 2 + (recipe.steps // recipe.eval_every if recipe.eval_every else 0)
-            written = (answers + looks * recipe.eval_problems * recipe.eval_samples) * length(
-                recipe.max_tokens
-            )
-            learned = answers * (QUESTION_TOKENS + length(recipe.max_tokens))
-            work = written / write + learned / train + recipe.steps * speed.update_seconds
-            return START_SECONDS + work, True
-        case base_loss.Config():
-            return START_SECONDS + 2 * recipe.split_tokens / speed.forward_tokens_per_s, False
-        case base_eval.Config() if _of_hub(plan):
-            most = recipe.max_per_task
-            tokens = CORE_TOKENS if most is None else min(CORE_TOKENS, 22 * most * EXAMPLE_TOKENS)
-            return START_SECONDS + tokens / speed.forward_tokens_per_s, True
-        case chat_eval.Config():
-            most = recipe.problems
-            written = sum(min(GENERATED.get(task, most or 0), most or 10**9) for task in recipe.tasks)
-            chosen = sum(min(CHOSEN.get(task, 0), most or 10**9) for task in recipe.tasks)
-            work = written * recipe.samples * length(recipe.max_tokens) / speed.decode_tokens_per_s
-            return START_SECONDS + work + chosen * QUESTION_TOKENS / speed.forward_tokens_per_s, True
-        case _:
-            return None, False
-
-
-def length(most: int) -> int:
-    """Tokens of a sampled answer that may have so many."""
-    return min(ANSWER_TOKENS, most // 2)
+    recipe: Recipe = plan.jobs[name].config
+    return recipe.estimate(plan.planned(name), speed)
 
 
 def sizes(plan: Plan, name: str, verdict: Verdict, old: Mapping[str, Any] | None) -> tuple[int | None, int]:
@@ -163,7 +109,8 @@ def sizes(plan: Plan, name: str, verdict: Verdict, old: Mapping[str, Any] | None
     if not works(verdict) or not _trains(plan, name):
         return disk, 0
     # weights and two moments in fp32 for each checkpoint kept, and the one that is being written
-    return disk, round(12 * _params(plan) * (plan.runtime.keep_checkpoints + 1))
+    checkpoints = plan.runtime.keep_checkpoints + 1 + 2 * plan.runtime.audit_stretches
+    return disk, round(12 * _params(plan) * checkpoints)
 
 
 def needs(plan: Plan, verdicts: Mapping[str, Verdict]) -> Need:
@@ -188,15 +135,11 @@ def works(verdict: Verdict) -> bool:
 
 
 def _trains(plan: Plan, name: str) -> bool:
-    return "steps" in plan.facts(name) or isinstance(plan.jobs[name].config, ChatTraining)
+    return bool(plan.table[name].trains)
 
 
 def _params(plan: Plan) -> float:
-    return plan.facts("pretrain").get("params", 0.0) if "pretrain" in plan.jobs else 0.0
-
-
-def _of_hub(plan: Plan) -> bool:
-    return shape_of(plan) is not None and plan.jobs["assets"].config.source == "hub"
+    return 0.0 if plan.base is None else plan.facts(plan.base).get("params", 0.0)
 
 
 def growth(plan: Plan, name: str, old: Mapping[str, Any], same_model: bool) -> float | None:
@@ -205,7 +148,7 @@ def growth(plan: Plan, name: str, old: Mapping[str, Any], same_model: bool) -> f
     facts, before = plan.facts(name), old["metrics"]
     if facts.get("flops") and before.get("flops"):
         return facts["flops"] / float(before["flops"])
-    if not same_model and (isinstance(plan.jobs[name].config, MEASURES) or _trains(plan, name)):
+    if not same_model and (plan.table[name].measures or _trains(plan, name)):
         return None
     for key in ("tokens", "steps"):
         if facts.get(key) and before.get(key):
@@ -215,9 +158,13 @@ def growth(plan: Plan, name: str, old: Mapping[str, Any], same_model: bool) -> f
 
 def flops_rate(plan: Plan, results: Mapping[str, dict[str, Any]]) -> tuple[float, str]:
     """FLOPs per second to reckon with, and where the figure is from."""
-    for name in ("pretrain", "mid", "sft"):
-        result = results.get(name)
-        if result and result["metrics"].get("flops") and result["seconds"] > 1:
+    for name, result in results.items():
+        if (
+            name in plan.jobs
+            and _trains(plan, name)
+            and result["metrics"].get("flops")
+            and result["seconds"] > 1
+        ):
             return result["metrics"]["flops"] / result["seconds"], f"the last {name} on this machine"
     rate, source = assumed_rate(plan)
     return rate * plan.runtime.processes, source

@@ -1,16 +1,17 @@
 """What may go: artefacts that no profile's latest run names, and what re-runs and damage left beside them."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat_core.pipeline import BY_NAME
 from nanochat_core.runner.launch import lock_path
 from nanochat_core.runner.status import at_work
 
-ASIDE = (".rerun", ".damaged", ".old", ".part")
+FINGERPRINT = re.compile("[0-9a-f]{20}")
+ASIDE = (".rerun", ".audit", ".damaged", ".old", ".part")
 
 
 class Unused(NamedTuple):
@@ -32,10 +33,12 @@ def referenced(base_dir: Path) -> set[tuple[str, str]]:
 def unused(base_dir: Path, keep: int) -> Iterator[Unused]:
     """What `clear` would delete; of each stage the `keep` newest unreferenced artefacts stay."""
     needed = referenced(base_dir)
-    for stage in BY_NAME:
-        spare = []
-        for directory in sorted((base_dir / stage).glob("*/")):
+    for folder in sorted(base_dir.glob("*/")):
+        stage, spare = folder.name, []
+        for directory in sorted(folder.glob("*/")):
             fingerprint = directory.name.partition(".")[0]
+            if not FINGERPRINT.fullmatch(fingerprint):
+                continue  # no stage's
             if at_work(lock_path(base_dir, stage, fingerprint)):
                 continue
             if directory.name.endswith(ASIDE):

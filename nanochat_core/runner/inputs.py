@@ -17,7 +17,7 @@ class Lost(ValueError):
     """What a stage reads is damaged, gone or another than it was started for; the message names it."""
 
 
-def insist_on(job: Job, described: Mapping[str, Mapping[str, Any]]) -> None:
+def insist_on(job: Job[Any], described: Mapping[str, Mapping[str, Any]]) -> None:
     """Hash all that a job reads, as job.json describes it. A damaged artefact's result is taken back."""
     seen: set[Path] = set()
     for role, source in described.items():

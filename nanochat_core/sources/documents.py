@@ -23,6 +23,17 @@ class Shard(NamedTuple):
     row_groups: int
 
 
+class Texts(NamedTuple):
+    """Documents in memory, all with text, read like a shard of one row group."""
+
+    documents: tuple[str, ...]
+    row_groups: int = 1
+
+    @property
+    def rows(self) -> int:
+        return len(self.documents)
+
+
 class Shards(NamedTuple):
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
@@ -54,7 +65,7 @@ def row_group(source: Path | bytes, index: int) -> list[str]:
     return [text for text in texts if text and not text.isspace()]
 
 
-class Reader:
+class ShardReader:
     """Row groups of shards whose bytes are those that were listed. The shard being read is kept in memory
     (100 MB of the usual data sets), so that what was hashed and what is read are the same bytes."""
 
@@ -62,7 +73,9 @@ class Reader:
         self.path: Path | None = None
         self.data = b""
 
-    def row_group(self, shard: Shard, index: int) -> list[str]:
+    def row_group(self, shard: Shard | Texts, index: int) -> list[str]:
+        if isinstance(shard, Texts):
+            return list(shard.documents)
         if self.path != shard.path:
             try:
                 data = shard.path.read_bytes()
@@ -76,7 +89,7 @@ class Reader:
 
 def texts(directory: Path, split: Split) -> Iterator[str]:
     """Every document of a split, in the order of the shards."""
-    shards, reader = shard_list(directory), Reader()
+    shards, reader = shard_list(directory), ShardReader()
     for shard in shards.train if split == "train" else shards.validation:
         for index in range(shard.row_groups):
             yield from reader.row_group(shard, index)

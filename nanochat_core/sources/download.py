@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat_core.artifacts.store import sha256, sync_directory, write_whole
-from nanochat_core.sources.http import Again, Remote, Stopped, Vouched, attempt
+from nanochat_core.sources.http import Remote, RetryableError, Stopped, Vouched, attempt
 from nanochat_core.sources.retry import PATIENCE, Patience, Tell, Wait
 
 Progress = Callable[[int, int, str], object]  # files that are here, files wanted, what is waited for if so
@@ -124,8 +124,8 @@ def fetch_one(
             damaged, mark = damaged + 1, 0
             if damaged == CORRUPT:
                 raise ValueError(f"{remote.url} arrived damaged {CORRUPT} times: {wrong}{remote.other}")
-            again = Again(wrong)
-        except Again as error:
+            again = RetryableError(wrong)
+        except RetryableError as error:
             again = error
         if (size := _size(part)) >= mark + PROGRESS:
             mark = size

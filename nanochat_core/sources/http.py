@@ -47,7 +47,7 @@ class Stopped(Exception):
     """Another file could not be had, or the user ended it: what is under way is left where it is."""
 
 
-class Again(Exception):
+class RetryableError(Exception):
     """This attempt failed and another may succeed; `after` is what the server asked for, in seconds."""
 
     def __init__(self, reason: str, after: float | None = None) -> None:
@@ -123,10 +123,10 @@ def attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) -
             resumed = answer.status == 206
             if resumed and _range_start(answer.headers) != have:
                 part.unlink()
-                raise Again("the server sent another range than asked for")
+                raise RetryableError("the server sent another range than asked for")
             if resumed and begun and linked and begun != linked:
                 part.unlink()
-                raise Again("the file has changed since its download began")
+                raise RetryableError("the file has changed since its download began")
             if not resumed:
                 etag = answer.headers.get("ETag") or ""
                 strong = "" if etag.startswith("W/") else etag
@@ -134,7 +134,7 @@ def attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) -
             length = answer.headers.get("Content-Length")
             got = _receive(answer, part, resumed, timeout, stop)
             if length is not None and got != int(length):
-                raise Again(f"the connection ended after {got} of {length} bytes")
+                raise RetryableError(f"the connection ended after {got} of {length} bytes")
             return Vouched(linked or (begun if resumed else None), commit)
     except urllib.error.HTTPError as error:
         error.close()
@@ -142,10 +142,10 @@ def attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) -
             if (error.headers.get("Content-Range") or "").endswith(f"/{have}"):
                 return Vouched(_as_hash(redirects.linked) or begun, redirects.commit)
             part.unlink()
-            raise Again("the partial file does not fit what the server has") from None
+            raise RetryableError("the partial file does not fit what the server has") from None
         _refuse(error, request, remote.absent, redirects.followed)
     except NETWORK as error:
-        raise Again(_reason(error)) from None
+        raise RetryableError(_reason(error)) from None
 
 
 def head(url: str, timeout: float, absent: str = UNKNOWN) -> Message:
@@ -163,7 +163,7 @@ def head(url: str, timeout: float, absent: str = UNKNOWN) -> Message:
             return error.headers
         _refuse(error, request, absent, redirected=False)
     except NETWORK as error:
-        raise Again(_reason(error)) from None
+        raise RetryableError(_reason(error)) from None
 
 
 def _receive(
@@ -180,7 +180,7 @@ def _receive(
                 raise Stopped
             if (now := time.monotonic()) - since > timeout:
                 if got - had < SLOWEST * timeout:
-                    raise Again(f"{got - had} bytes came in {now - since:.1f} s")
+                    raise RetryableError(f"{got - had} bytes came in {now - since:.1f} s")
                 since, had = now, got
         file.flush()
         os.fsync(file.fileno())
@@ -200,9 +200,9 @@ def _refuse(
 ) -> NoReturn:
     """What an error status means: to be tried again, or a sentence."""
     if error.code in HTTP_TRANSIENT:
-        raise Again(f"HTTP {error.code}", retry_after(error.headers)) from None
+        raise RetryableError(f"HTTP {error.code}", retry_after(error.headers)) from None
     if error.code == 403 and redirected:
-        raise Again("HTTP 403 from where it was sent on to; such links expire") from None
+        raise RetryableError("HTTP 403 from where it was sent on to; such links expire") from None
     if error.code in (401, 403) and on_hub(request.full_url):
         absent = (
             "the token (HF_TOKEN, or that of `hf auth login`) is refused or has no access: renew it, or "

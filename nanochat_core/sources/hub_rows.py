@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat_core.sources.http import HTTP_TRANSIENT, Again
+from nanochat_core.sources.http import HTTP_TRANSIENT, RetryableError
 from nanochat_core.sources.retry import Patience, insistently
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _load(repo: str, config: str | None, split: str, commit: str, by_hand: str) 
     except Exception as error:  # its own, those of two HTTP libraries, pyarrow's, fsspec's
         why = words(error)
         if passing(error):
-            raise Again(f"{repo}, {why}") from error
+            raise RetryableError(f"{repo}, {why}") from error
         raise ValueError(f"{repo} ({split}) could not be fetched ({why}): try again, or {by_hand}") from error
     if any(commit not in file["filename"] for file in found.cache_files):
         raise ValueError(  # the library falls back on what it has, with a warning

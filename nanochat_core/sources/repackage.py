@@ -50,7 +50,7 @@ class Wanted:
             raise ValueError("shard_chars is at least 1 and the seed at least 0")
 
 
-class Step(NamedTuple):
+class RepackageProgress(NamedTuple):
     """How far the work is."""
 
     phase: str  # "sorting" or "writing"
@@ -59,7 +59,7 @@ class Step(NamedTuple):
     fraction: float | None  # of the phase; None where the end is not known
 
 
-Tell = Callable[[Step], object]
+Tell = Callable[[RepackageProgress], object]
 
 
 def repackage(wanted: Wanted, out: Path, tell: Tell = lambda step: None) -> Shards:
@@ -154,7 +154,7 @@ def sort(wanted: Wanted, out: Path, tell: Tell = lambda step: None) -> None:
         return
     source = reader(wanted, files, kept["commit"], head["place"])
     for done in _sorted_runs(wanted, source, folder, len(runs), head):
-        tell(Step("sorting", done["documents"], done["chars"], source.fraction()))
+        tell(RepackageProgress("sorting", done["documents"], done["chars"], source.fraction()))
 
 
 def _sorted_runs(
@@ -255,7 +255,7 @@ def write(wanted: Wanted, out: Path, tell: Tell = lambda step: None) -> Shards:
         made.append(shard)
         entries = [shard._asdict() | {"path": shard.name} for shard in made]
         write_json(folder / STATE, {"shards": entries, "place": list(place)})
-        tell(Step("writing", place.documents, place.chars, place.chars / head["chars"]))
+        tell(RepackageProgress("writing", place.documents, place.chars, place.chars / head["chars"]))
     shards = Shards(tuple(made[:-1]), tuple(made[-1:]))
     listing = json.loads(manifest(shards, out)) | {"made_from": _read(folder / PLAN)}
     write_json(out / MANIFEST, listing)

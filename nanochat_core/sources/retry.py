@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from nanochat_core.sources.http import Again
+from nanochat_core.sources.http import RetryableError
 
 Wait = Callable[[float], object]
 Tell = Callable[[str], object]  # what is being waited for
@@ -29,7 +29,7 @@ class Patience:
         """Something has come: all the time is there again."""
         self.failures, self.idle, self.since = 0, 0.0, time.monotonic()
 
-    def pause(self, why: Again) -> bool:
+    def pause(self, why: RetryableError) -> bool:
         """Wait before the next try; False if the time is up."""
         self.idle += time.monotonic() - self.since
         left = self.seconds - self.idle
@@ -54,7 +54,7 @@ def insistently(ask: Callable[[], T], patience: Patience, otherwise: str = "") -
     while True:
         try:
             return ask()
-        except Again as why:
+        except RetryableError as why:
             if not patience.pause(why):
                 raise ValueError(
                     f"{patience.host} gave no answer in {patience.seconds / 60:.0f} min: {why}; "

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanochat_core.artifacts.store import locked
-from nanochat_core.sources.http import HTTP_TRANSIENT, NETWORK, retry_after
+from nanochat_core.sources.http import HTTP_TRANSIENT, NETWORK, RetryableError, retry_after
 from nanochat_core.sources.persona import PERSONA, prompt
 from nanochat_core.tokenizer.render import Conversation
 
@@ -81,16 +81,8 @@ class Order:
             raise ValueError("the persona and the name say who the model is: neither may be empty")
 
 
-class Unfit(Exception):
+class UnusableAnswer(Exception):
     """An answer came and is of no use; the message says why."""
-
-
-class Again(Exception):
-    """No answer came, and one may yet; `after` is what the server asked for, in seconds."""
-
-    def __init__(self, reason: str, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.after = after
 
 
 def synthesize(order: Order, out: Path, tell: Tell = lambda done, wanted, note: None) -> int:
@@ -175,8 +167,8 @@ def conversations(order: Order, known: set[str], tell: Tell) -> Iterator[Convers
                     wasted = 0
                     yield answer
                     continue
-                answer = Unfit("a conversation that is there already")
-            if not isinstance(answer, Unfit):
+                answer = UnusableAnswer("a conversation that is there already")
+            if not isinstance(answer, UnusableAnswer):
                 raise answer
             wasted += 1
             tell(len(known), order.count, str(answer))
@@ -195,19 +187,19 @@ def read_answer(text: str) -> Conversation:
     try:
         row = json.loads(body)
     except json.JSONDecodeError as error:
-        raise Unfit(f"not JSON ({error.msg})") from None
+        raise UnusableAnswer(f"not JSON ({error.msg})") from None
     messages = row.get("messages") if isinstance(row, dict) else row
     if not isinstance(messages, list) or not 2 <= len(messages) <= TURNS or len(messages) % 2:
-        raise Unfit(f"expected 2 to {TURNS} messages, an even number of them")
+        raise UnusableAnswer(f"expected 2 to {TURNS} messages, an even number of them")
     for i, message in enumerate(messages):
         role = "assistant" if i % 2 else "user"
         if not isinstance(message, dict) or message.get("role") != role:
-            raise Unfit(f"message {i} is not the {role}'s: they take turns, and the user begins")
+            raise UnusableAnswer(f"message {i} is not the {role}'s: they take turns, and the user begins")
         content = message.get("content")
         if not isinstance(content, str) or not content.strip():
-            raise Unfit(f"message {i} is empty")
+            raise UnusableAnswer(f"message {i} is empty")
         if len(content) > LONGEST:
-            raise Unfit(f"message {i} has {len(content)} characters, more than {LONGEST}")
+            raise UnusableAnswer(f"message {i} has {len(content)} characters, more than {LONGEST}")
     return Conversation(messages=[{"role": m["role"], "content": m["content"].strip()} for m in messages])
 
 
@@ -228,7 +220,7 @@ class Endpoint:
         for failures in itertools.count(1):
             try:
                 return read_answer(self.ask(prompt(order.name, order.persona, order.seed, number)))
-            except Again as why:
+            except RetryableError as why:
                 if failures == ATTEMPTS or self.stop.is_set():
                     raise ValueError(
                         f"{self.url} gave no answer in {failures} attempts: {why}; the same command goes on"
@@ -261,23 +253,23 @@ class Endpoint:
                 reason = self.refused(error, by_schema)
             raise reason from None
         except NETWORK as error:
-            raise Again(str(error) or type(error).__name__) from None
+            raise RetryableError(str(error) or type(error).__name__) from None
         except (ValueError, KeyError, IndexError, TypeError):
-            raise Unfit("the server's answer is not one of an OpenAI-compatible endpoint") from None
+            raise UnusableAnswer("the server's answer is not one of an OpenAI-compatible endpoint") from None
         if not isinstance(text, str) or not text:
-            raise Unfit("an empty answer")
+            raise UnusableAnswer("an empty answer")
         return text
 
     def refused(self, error: urllib.error.HTTPError, by_schema: bool) -> Exception:
         """What an HTTP error means for us."""
         if error.code in HTTP_TRANSIENT:
-            return Again(f"HTTP {error.code}", retry_after(error.headers))
+            return RetryableError(f"HTTP {error.code}", retry_after(error.headers))
         if error.code in (401, 403):
             key = f"the key in {self.name} is refused" if self.name else f"it wants a key: set {KEYS[0]}"
             return ValueError(f"{self.url} answers HTTP {error.code}: {key}")
         if error.code in (400, 422) and by_schema:
             self.by_schema = False  # many local servers know no schemas; the prompt asks for JSON as well
-            return Again(f"HTTP {error.code}", 0.0)
+            return RetryableError(f"HTTP {error.code}", 0.0)
         if 300 <= error.code < 400:
             return ValueError(f"{self.url} redirects to {error.headers.get('Location')}: use that --base-url")
         said = " ".join(error.read(300).decode(errors="replace").split())

@@ -3,12 +3,12 @@
 Everything is here, whole and checked, before any training begins.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import field_validator
 
+from nanochat_core.artifacts.planned import Planned
 from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
 if TYPE_CHECKING:
@@ -62,11 +62,11 @@ class Config(Recipe):
                 raise ValueError(f"{name!r} is not a data set to bring; those are {', '.join(SOURCES)}")
         return tasks
 
-    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
+    def facts(self, stage: Planned) -> dict[str, float]:
         return {"download": HUB_BYTES} if self.source == "hub" else {}
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Make the assets from the embedded corpus, or fetch those that the full-size profiles use."""
     if cfg.source == "embedded":
         _embedded(job.path)
@@ -93,7 +93,7 @@ def _embedded(path: Path) -> None:
     write_whole(path / WORDS, "\n".join(words.WORDS) + "\n")
 
 
-def _hub(cfg: Config, job: Job) -> None:
+def _hub(cfg: Config, job: Job[Config]) -> None:
     from nanochat_core.artifacts.store import locked, write_whole
     from nanochat_core.data.tasks.identity import mended
     from nanochat_core.sources.download import fetch, offline, unzip
@@ -126,7 +126,7 @@ def _hub(cfg: Config, job: Job) -> None:
         write_whole(job.path / IDENTITY, content)
 
 
-def _identity(name: str, job: Job) -> None:
+def _identity(name: str, job: Job[Config]) -> None:
     """Keep a copy of the user's conversations: what is trained on stays as it was when it was checked."""
     from nanochat_core.artifacts.store import write_whole
     from nanochat_core.data.tasks import identity
@@ -139,7 +139,7 @@ def _identity(name: str, job: Job) -> None:
     write_whole(job.path / IDENTITY, path.read_bytes())
 
 
-def _tasks(cfg: Config, job: Job) -> None:
+def _tasks(cfg: Config, job: Job[Config]) -> None:
     import time
 
     from nanochat_core.data.tasks import humaneval, tables

@@ -2,21 +2,32 @@
 
 from pydantic import Field
 
+from nanochat_core.artifacts.planned import Estimate, Planned, Speed
 from nanochat_core.artifacts.stage import Job, Metrics, Recipe
+
+CORE_TASKS, CORE_TOKENS = 22, 100e6  # of the published bundle, all of its examples, about
+EXAMPLE_TOKENS = 400 * 3  # of one with its choices, about
 
 
 class Config(Recipe):
     max_per_task: int | None = Field(None, ge=1)  # examples; None: all there are
 
+    def estimate(self, stage: Planned, speed: Speed) -> Estimate | None:
+        if stage.reads["assets"].config.source != "hub":
+            return None
+        most = self.max_per_task
+        tokens = CORE_TOKENS if most is None else min(CORE_TOKENS, CORE_TASKS * most * EXAMPLE_TOKENS)
+        return Estimate(tokens / speed.read, about=True)
 
-def run(cfg: Config, job: Job) -> Metrics:
+
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Evaluate each task, keep its answers, and add up what they come to."""
     from nanochat_core.artifacts.store import write_whole
     from nanochat_core.eval import core
+    from nanochat_core.infer.exported import trained_model
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.stages.assets import BUNDLE
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.setup import trained_model
 
     partial, answers = job.path / "partial", job.path / "answers"
     partial.mkdir(exist_ok=True)

@@ -1,12 +1,14 @@
 """What a chat model can do: its accuracy on each task, and ChatCORE, their mean with chance at 0."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from pydantic import Field, field_validator
 
+from nanochat_core.artifacts.planned import Estimate, Planned, Speed, answer_tokens
 from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 
+# Problems of the test splits: answered in words, and by one letter, which is read and not written.
+GENERATED = {"gsm8k": 1319, "humaneval": 164, "spellingbee": 256}
+CHOSEN = {"mmlu": 14_042, "arc_easy": 2376, "arc_challenge": 1172}
+QUESTION_TOKENS = 150
 FIVE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 
 
@@ -30,13 +32,20 @@ class Config(Recipe):
             raise ValueError("tasks is empty: name at least one")
         return tuple(check_name(name) for name in tasks)
 
-    def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
+    def check(self, stage: Planned, ranks: int) -> None:
         from nanochat_core.data.tasks.needs import check_rows
 
-        check_rows(f"{row}.tasks", self.tasks, ("test",), configs["assets"])
+        check_rows(f"{stage.name}.tasks", self.tasks, ("test",), stage.reads["assets"].config)
+
+    def estimate(self, stage: Planned, speed: Speed) -> Estimate:
+        most = self.problems
+        written = sum(min(GENERATED.get(task, most or 0), most or 10**9) for task in self.tasks)
+        chosen = sum(min(CHOSEN.get(task, 0), most or 10**9) for task in self.tasks)
+        work = written * self.samples * answer_tokens(self.max_tokens) / speed.write
+        return Estimate(work + chosen * QUESTION_TOKENS / speed.read, about=True)
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Answer each task's test problems, keep what was said, and add it up."""
     import json
 
@@ -44,9 +53,9 @@ def run(cfg: Config, job: Job) -> Metrics:
     from nanochat_core.data.tasks import load_task
     from nanochat_core.eval import chat_tasks
     from nanochat_core.infer.engine import Engine
+    from nanochat_core.infer.exported import trained_model
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.setup import trained_model
 
     partial, answers = job.path / "partial", job.path / "answers"
     partial.mkdir(exist_ok=True)
@@ -65,7 +74,7 @@ def run(cfg: Config, job: Job) -> Metrics:
             done = partial / f"{task.name.replace('/', '-')}.jsonl"
             if world.any(world.is_first and done.is_file()):
                 lines = done.read_text().splitlines() if world.is_first else []
-                found = [chat_tasks.Answer(**json.loads(line)) for line in lines]
+                found = [chat_tasks.GradedAnswer(**json.loads(line)) for line in lines]
             else:
                 share = chat_tasks.evaluate_task(
                     engine,

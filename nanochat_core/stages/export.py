@@ -10,7 +10,7 @@ class Config(Recipe):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 is half the size
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Write the export into the job's own directory, with the numbers of every evaluation that was run."""
     import torch
 

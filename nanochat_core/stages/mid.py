@@ -20,7 +20,7 @@ class Config(ChatTraining):
     final_lr: float = 0.0
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     from nanochat_core.train.finetune import train_on_conversations
 
     return train_on_conversations(cfg, job)

@@ -1,11 +1,11 @@
 """Pretraining: a GPT learns the next token of plain text, from nothing."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
 
+from nanochat_core.artifacts.planned import Estimate, Planned, Speed
 from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.model.flops import flops_per_token, num_params, scaling_params
 from nanochat_core.model.shape import GPTConfig
@@ -73,8 +73,8 @@ class Config(Training):
         scale = math.sqrt(self.batch(vocab_size) / REFERENCE_BATCH) / self.relative_horizon(vocab_size)
         return min(scale, MOST_DECAY / self.weight_decay)
 
-    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
-        vocab_size = configs["tokenizer"].vocab_size
+    def facts(self, stage: Planned) -> dict[str, float]:
+        vocab_size = stage.reads["tokenizer"].config.vocab_size
         shape, batch, steps = self.shape(vocab_size), self.batch(vocab_size), self.horizon(vocab_size)
         return {
             "params": sum(num_params(shape).values()),
@@ -84,82 +84,60 @@ class Config(Training):
             "flops": batch * steps * flops_per_token(shape),
         }
 
-    def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
-        vocab_size = configs["tokenizer"].vocab_size
-        divides(self.batch(vocab_size), self.shape(vocab_size).sequence_len, f"{row}.total_batch", ranks)
+    def check(self, stage: Planned, ranks: int) -> None:
+        vocab_size = stage.reads["tokenizer"].config.vocab_size
+        batch, shape = self.batch(vocab_size), self.shape(vocab_size)
+        divides(batch, shape.sequence_len, f"{stage.name}.total_batch", ranks)
+
+    def estimate(self, stage: Planned, speed: Speed) -> Estimate:
+        facts = self.facts(stage)
+        looks = 2 + (int(facts["steps"] // self.eval_every) if self.eval_every else 0)
+        work = facts["tokens"] / speed.train + facts["steps"] * speed.update
+        return Estimate(work + looks * self.eval_tokens / speed.read)
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Train from nothing to the horizon, or from where an earlier attempt got to."""
-    from itertools import islice
+    from functools import partial
 
-    from nanochat_core.data.batch import ahead
     from nanochat_core.data.packed import packed
-    from nanochat_core.eval.bpb import bits_per_byte
     from nanochat_core.infer.engine import Engine
     from nanochat_core.infer.sampling import Sampling
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.model.gpt import GPT
     from nanochat_core.sources.documents import shard_list
     from nanochat_core.tokenizer.bpe import load_tokenizer
-    from nanochat_core.train.checkpoint import TrainState
-    from nanochat_core.train.loop import Hook, fit
-    from nanochat_core.train.setup import byte_counts, learned, leave, new_state
+    from nanochat_core.train.setup import learned, new_state
+    from nanochat_core.train.supervised import train_supervised
 
     with ranks(job.runtime) as world:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])
         vocab = tokenizer.vocab_size
         shape, batch, steps = cfg.shape(vocab), cfg.batch(vocab), cfg.horizon(vocab)
-        rows = divides(batch, shape.sequence_len, "pretrain.total_batch", world.size)
+        T = shape.sequence_len
         model = GPT(shape).init_weights(cfg.seed)
         state = new_state(model, cfg.rates(batch, cfg.decay_scale(vocab)), world)
         shards = shard_list(job.inputs["text"])
-        token_bytes = byte_counts(tokenizer, world.device)
-        place = {"rank": world.rank, "size": world.size}
-
-        def validate(state: TrainState) -> Metrics:
-            eval_rows = max(1, min(rows, 32))
-            batches = packed(
-                shards.validation,
-                tokenizer,
-                rows=eval_rows,
-                T=shape.sequence_len,
-                cursor={},
-                epochs=1,
-                **place,
-            )
-            wanted = max(1, cfg.eval_tokens // (eval_rows * shape.sequence_len * world.size))
-            state.model.eval()  # in full precision, also where training multiplies in 8 bits
-            value = bits_per_byte(
-                state.model.loss, islice(batches, wanted), token_bytes, device=world.device, total=world.sum
-            )
-            state.model.train()
-            return {"val_bpb": value}
-
-        fit(
+        packing: dict[str, Any] = {"T": T, "rank": world.rank, "size": world.size}
+        train_supervised(
+            cfg,
             job,
             world,
             state,
-            lambda state: ahead(
-                packed(
-                    shards.train, tokenizer, rows=rows, T=shape.sequence_len, cursor=state.cursor, **place
-                ),
-                pin=world.device.type == "cuda",
-            ),
+            tokenizer,
+            train=partial(packed, shards.train, tokenizer, **packing),
+            validation=partial(packed, shards.validation, tokenizer, **packing),
+            rows=divides(batch, T, f"{job.stage}.total_batch", world.size),
             steps=steps,
-            schedule=cfg.schedule(),
-            grad_clip=cfg.grad_clip,
-            hooks=[Hook(cfg.eval_every, validate)],
-            flops_per_token=flops_per_token(shape),
-            compile=job.runtime.compile,
+            eval_every=cfg.eval_every,
+            eval_tokens=cfg.eval_tokens,
         )
-        leave(job, world, state, tokenizer)
         if not world.is_first:
             return {}
         if cfg.prompts:
             engine = Engine(state.model.eval(), tokenizer, max_rows=len(cfg.prompts), tools=False)
             prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in cfg.prompts]
-            answers = engine.complete(prompts, Sampling(max_tokens=min(48, shape.sequence_len // 2)))
+            answers = engine.complete(prompts, Sampling(max_tokens=min(48, T // 2)))
             lines = [
                 f"**{prompt}**{tokenizer.decode(answer.ids)}"
                 for prompt, answer in zip(cfg.prompts, answers, strict=True)

@@ -7,10 +7,10 @@ class Config(Recipe):
     samples: int = 3  # answers quoted from each stage that left some
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Read the results of the rows before it and write them up."""
     from nanochat_core.report import collect, write_report
 
-    report = collect(job.inputs, samples=cfg.samples)
+    report = collect(job.inputs, job.rows, samples=cfg.samples)
     write_report(report, job.path)
     return report.metrics

@@ -1,15 +1,15 @@
 """Reinforcement learning: the model answers problems that can be checked, and more of what was right becomes
 likely."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from pydantic import Field, field_validator
 
+from nanochat_core.artifacts.planned import Estimate, Planned, Speed, answer_tokens
 from nanochat_core.artifacts.stage import Job, Metrics
 from nanochat_core.data.tasks import check_name
 from nanochat_core.data.tasks.needs import check_rows
 from nanochat_core.train.config import Training
+
+QUESTION_TOKENS = 150
 
 
 class Config(Training):
@@ -47,37 +47,43 @@ class Config(Training):
         check_name(task)
         return task
 
-    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
+    def facts(self, stage: Planned) -> dict[str, float]:
         return {"steps": self.steps}
 
-    def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
+    def check(self, stage: Planned, ranks: int) -> None:
         if ranks > self.questions:
-            raise ValueError(f"{ranks} ranks cannot share {self.questions} questions; raise {row}.questions")
-        check_rows(f"{row}.task", (self.task,), ("train", "validation"), configs["assets"])
+            raise ValueError(
+                f"{ranks} ranks cannot share {self.questions} questions; raise {stage.name}.questions"
+            )
+        assets = stage.reads["assets"].config
+        check_rows(f"{stage.name}.task", (self.task,), ("train", "validation"), assets)
+
+    def estimate(self, stage: Planned, speed: Speed) -> Estimate:
+        answers = self.steps * self.questions * self.samples
+        looks = 2 + (self.steps // self.eval_every if self.eval_every else 0)
+        length = answer_tokens(self.max_tokens)
+        written = (answers + looks * self.eval_problems * self.eval_samples) * length
+        learned = answers * (QUESTION_TOKENS + length)
+        work = written / speed.write + learned / speed.train + self.steps * speed.update
+        return Estimate(work, about=True)
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Go on from the fine-tuned model, rewarded by the task's own marking."""
-    import functools
-    import json
-    import math
     from collections.abc import Iterator
     from dataclasses import replace
 
-    import torch
-
-    from nanochat_core.artifacts.store import write_whole
     from nanochat_core.data.batch import Batch
     from nanochat_core.data.tasks import load_task, sliced
-    from nanochat_core.eval.chat_tasks import pass_at, sizes
-    from nanochat_core.infer.engine import Engine
+    from nanochat_core.infer.exported import trained_model
     from nanochat_core.machine.ranks import ranks
     from nanochat_core.tokenizer.bpe import load_tokenizer
     from nanochat_core.train.checkpoint import TrainState
-    from nanochat_core.train.collapse import Best, Collapsed, Limits, Monitor
+    from nanochat_core.train.collapse import Collapsed, CollapseLimits, EarlyStopping
     from nanochat_core.train.loop import Hook, fit
-    from nanochat_core.train.rollouts import Sampler, rollouts
-    from nanochat_core.train.setup import leave, new_state, records, trained_model
+    from nanochat_core.train.policy_eval import before_and_after, evaluate_policy
+    from nanochat_core.train.rollouts import RolloutSampler, rollouts
+    from nanochat_core.train.setup import leave, new_state, records
 
     with ranks(job.runtime) as world:
         tokenizer = load_tokenizer(job.inputs["tokenizer"])
@@ -86,125 +92,61 @@ def run(cfg: Config, job: Job) -> Metrics:
         task = load_task(cfg.task, "train", size=cfg.task_rows, assets=assets)
         whole = sliced(cfg.task)[0]  # a slice is of the training rows
         held_out = load_task(whole, "validation", size=cfg.eval_problems, assets=assets)
+        problems = min(cfg.eval_problems, len(held_out))
         state = new_state(model, cfg.rates(1), world)
-        sampler = Sampler(cfg.samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
-        examiner = Sampler(cfg.eval_samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
-        limits = Limits(
+        sampler = RolloutSampler(cfg.samples, cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.seed)
+        eval_sampler = replace(sampler, samples=cfg.eval_samples)
+        limits = CollapseLimits(
             window=cfg.watch,
             questions=cfg.questions,
-            problems=min(cfg.eval_problems, len(held_out)),
+            problems=problems,
             reward_drop=cfg.reward_drop,
             entropy_low=cfg.entropy_low,
             entropy_high=cfg.entropy_high,
             length_low=cfg.length_low,
             unfinished_rise=cfg.unfinished_rise,
         )
-        best = Best(job.path)
-        monitor: Monitor | None = None  # made by the examination at step 0, or out of a checkpoint
+        stopping = EarlyStopping(limits, job.path)
 
-        def examine(state: TrainState) -> Metrics:
-            """The same problems with the same seeds each time, so that two examinations differ by the model
-            alone."""
-            nonlocal monitor
-            engine = Engine(state.model.eval(), tokenizer, max_rows=128)
-            mine = list(range(world.rank, min(cfg.eval_problems, len(held_out)), world.size))
-            with torch.no_grad():
-                answers = examiner.ask(engine, tokenizer, held_out, mine, "eval")
-            vitals = answers.vitals(state.model, tokenizer, world.sum)
-            state.model.train()
-            if monitor is None or state.step == 0:
-                monitor = Monitor(limits, vitals)
-            else:
-                monitor.examined(vitals.reward)
-            right = (answers.rewards >= 1).sum(1).tolist()
-            ks = sizes(cfg.eval_samples)
-            means = answers.rewards.double().mean(1)
-            n, total, squares, *passed = world.sum(
-                len(mine),
-                float(means.sum()),
-                float(means.square().sum()),
-                *(sum(pass_at(k, cfg.eval_samples, c) for c in right) for k in ks),
-            )
-            # Of the mean over problems; a problem's samples are not independent of each other.
-            spread = math.sqrt(max(0.0, squares - total**2 / n) / max(1.0, n - 1) / n)
-            said = [tokenizer.decode(completion.ids) for completion in answers.completions]
-            lines = [
-                {"problem": i, "rewards": rewards, "said": said[row * cfg.eval_samples :][: cfg.eval_samples]}
-                for row, (i, rewards) in enumerate(zip(mine, answers.rewards.tolist(), strict=True))
-            ]
-            everyone = sorted(world.gather(lines), key=lambda line: int(line["problem"]))
+        def evaluate(state: TrainState) -> Metrics:
+            found = evaluate_policy(state.model, tokenizer, held_out, eval_sampler, problems, world)
+            stopping.evaluated(state.step, found.vitals)
             if world.is_first:
-                folder = job.path / "answers"
-                folder.mkdir(exist_ok=True)
-                text = "".join(json.dumps(line) + "\n" for line in everyone)
-                write_whole(folder / f"step_{state.step:06d}.jsonl", text)
-                best.offer(state.model, state.step, vitals.reward)
-            return {
-                "eval_reward": vitals.reward,
-                "eval_reward_se": spread,
-                **{f"eval_pass_at_{k}": value / n for k, value in zip(ks, passed, strict=True)},
-                **{f"eval_{key}": getattr(vitals, key) for key in ("entropy", "length", "unfinished")},
-            }
+                found.write(job.path / "answers" / f"step_{state.step:06d}.jsonl")
+                stopping.best.offer(state.model, state.step, found.vitals.reward)
+            return found.metrics
 
-        def watched(state: TrainState) -> Iterator[Batch]:
-            """Batches of rollouts, each seen by the monitor first; what it knows is part of the place."""
-            nonlocal monitor
-            known = state.cursor.get("monitor")
-            monitor = None if known is None else Monitor.restored(limits, known)
-            return stream(state)
-
-        def stream(state: TrainState) -> Iterator[Batch]:
+        def batches(state: TrainState) -> Iterator[Batch]:
+            cursor = stopping.resume(state)
             made = rollouts(
-                state.model,
-                tokenizer,
-                task,
-                sampler,
-                questions=cfg.questions,
-                cursor=state.cursor,
-                rank=world.rank,
-                size=world.size,
-                total=world.sum,
+                state.model, tokenizer, task, sampler, questions=cfg.questions, cursor=cursor, world=world
             )
-            for batch, vitals in made:
-                assert monitor is not None  # hooks come before the first batch
-                if monitor.see(vitals) is not None:
-                    raise Collapsed(monitor.why)
-                place = functools.partial(dict[str, Any], batch.cursor(), monitor=monitor.state())
-                yield replace(batch, cursor=place, notes=batch.notes | vitals._asdict())
+            return stopping.monitored(made)
 
+        kept_step = cfg.steps
         ended: Metrics = {}
         try:
             fit(
                 job,
                 world,
                 state,
-                watched,
+                batches,
                 steps=cfg.steps,
                 schedule=cfg.schedule(),
                 grad_clip=cfg.grad_clip,
-                hooks=[Hook(cfg.eval_every, examine)],
+                skip_spikes=cfg.skip_spikes,
+                hooks=[Hook(cfg.eval_every, evaluate)],
             )
-            if monitor is not None and monitor.why is not None:  # the last examination
-                raise Collapsed(monitor.why)
-            kept_step = cfg.steps
-        except Collapsed as why:
+            stopping.check()  # the last evaluation
+        except Collapsed as reason:
             if world.is_first:
-                kept_step = best.restore(state.model).step
-                sentence = f"stopped at step {state.step} because {why}; kept step {kept_step}"
+                kept_step = stopping.best.restore(state.model).step
+                sentence = f"stopped at step {state.step} because {reason}; kept step {kept_step}"
                 print(sentence, flush=True)
                 job.record(step=state.step, steps=cfg.steps, note=sentence)
                 ended = {"stopped": sentence, "stopped_at": state.step}
         leave(job, world, state, tokenizer)
         if not world.is_first:
             return {}
-        examined = [row for row in records(job) if "eval_reward" in row]
-        first, last = examined[0], next(row for row in examined if row["step"] == kept_step)
-        found: Metrics = {}
-        for key in ("reward", "reward_se"):
-            found |= {f"{key}_start": first[f"eval_{key}"], key: last[f"eval_{key}"]}
-        for k in sizes(cfg.eval_samples):
-            found |= {
-                f"pass_at_{k}_start": first[f"eval_pass_at_{k}"],
-                f"pass_at_{k}": last[f"eval_pass_at_{k}"],
-            }
+        found = before_and_after(records(job), kept_step)
         return {**found, "steps": kept_step, "task": cfg.task, **ended}

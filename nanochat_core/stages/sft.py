@@ -24,7 +24,7 @@ class Config(ChatTraining):
     eval_every: int = 50
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     from nanochat_core.train.finetune import train_on_conversations
 
     return train_on_conversations(cfg, job)

@@ -1,11 +1,11 @@
 """The text to pretrain on, as parquet shards shared between runs; the artefact is their list, shards.json."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
+from nanochat_core.artifacts.planned import Planned
 from nanochat_core.artifacts.stage import Job, Metrics, Recipe
 from nanochat_core.sources.hub import HUB
 
@@ -47,12 +47,12 @@ class Config(Recipe):
             raise ValueError("max_chars belongs to the embedded corpus; limit other sources by count")
         return self
 
-    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
-        """What is to be downloaded; the shards that the tokenizer's row has brought are there already."""
+    def facts(self, stage: Planned) -> dict[str, float]:
+        """What is to be downloaded; the shards that an earlier row has brought are there already."""
         if self.source not in HUB:
             return {}
-        head = configs.get("shards_head")
-        known = head.count + 1 if head is not None and head is not self and head.source == self.source else 0
+        same = [one for one in stage.before if isinstance(one, Config) and one.source == self.source]
+        known = max(((one.count or 0) + 1 for one in same), default=0)
         return {"download": SHARD_BYTES * max(0, (self.count or 0) + 1 - known)}
 
 
@@ -75,7 +75,7 @@ def files(cfg: Config, root: Path, patience: float, wait: "Wait", tell: "Tell") 
     return remotes([*listed[:-1][: cfg.count], listed[-1]], root)
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Bring the shards and list them with sizes, hashes, rows and row groups."""
     import time
 

@@ -18,7 +18,7 @@ class Config(Recipe):
     doc_cap: int = Field(10_000, ge=1)  # characters of one document, so that a few huge ones do not rule
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Train, check that text comes back as it was, and save."""
     from nanochat_core.sources.documents import texts
     from nanochat_core.tokenizer.bpe import train
@@ -65,7 +65,7 @@ def capped(texts: Iterable[str], doc_cap: int, max_chars: int) -> Iterator[str]:
 class _Progress:
     """Tells the job how far training is, about once a second."""
 
-    def __init__(self, job: Job, vocab_size: int) -> None:
+    def __init__(self, job: Job[Config], vocab_size: int) -> None:
         self.job, self.steps, self.last = job, vocab_size - 265, time.monotonic()
         self.read = 0
 

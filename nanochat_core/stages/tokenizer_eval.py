@@ -23,7 +23,7 @@ class Config(Recipe):
     )  # of the train and validation text; the third digit has settled
 
 
-def run(cfg: Config, job: Job) -> Metrics:
+def run(cfg: Config, job: Job[Config]) -> Metrics:
     """Measure, and write the table as tokenizer_eval.md and .json."""
     from nanochat_core.artifacts.store import write_json, write_whole
     from nanochat_core.sources.documents import texts

@@ -14,6 +14,8 @@ class Part(TypedDict):
 
 
 class Message(TypedDict):
+    """What one of the three said; only an assistant's message has parts."""
+
     role: Literal["system", "user", "assistant"]
     content: str | list[Part]
 

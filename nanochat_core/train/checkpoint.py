@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanochat_core.artifacts import store
+from nanochat_core.artifacts import store, transcript
 from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT
 from nanochat_core.optim.optimizer import Optimizer
@@ -39,27 +40,46 @@ class TrainState:
     cursor: dict[str, Any]  # this rank's place in the data
     step: int = 0
     drawn: int = 0  # batches taken from the data: steps, and those that were passed over
-    skip: list[int] = field(
-        default_factory=list
-    )  # batches to pass over, by their number, for their loss was not finite
+    skip: list[int] = field(default_factory=list)  # batches to pass over, by their number, after Faults
+    recent: list[tuple[float, float]] = field(default_factory=list)  # losses and norms, to know spikes by
+
+
+class Fault(Exception):
+    """A loss, a validation or a tensor of the state that cannot be trusted, found after taking in `batch`."""
+
+    def __init__(self, what: str, batch: int) -> None:
+        super().__init__(what)
+        self.batch = batch
 
 
 class Saver:
     """Writes checkpoints of one stage and finds the newest good one."""
 
-    def __init__(self, directory: Path, world: World, keep: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        keep: int,
+        *,
+        precision: str = "fp32",
+        audits: int = 0,  # pairs to keep beside, evenly over so many steps:
+        steps: int = 1,
+    ) -> None:
         self.directory = directory / "checkpoints"
         self.world, self.keep = world, keep
+        self.precision, self.audits, self.steps = precision, audits, steps
         self._at: int | None = None  # the step on disk, or on its way there, that the state last stood at
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._alone = threading.Event()
 
     def save(self, state: TrainState) -> None:
-        """Copy the state now and write it in the background; the one before is waited for."""
+        """Copy the state now and write it in the background; the one before is waited for. Raises a Fault
+        instead if the state cannot be trusted."""
         self.wait()
         if state.step == self._at:  # not asked of the disk: all ranks must give the same answer
             return
+        self.inspect(state)
         self._at = state.step
         name = f"step_{state.step:08d}"
         # Clones: the thread must not see what the next step makes of them.
@@ -73,6 +93,7 @@ class Saver:
             "step": state.step,
             "drawn": state.drawn,
             "skip": list(state.skip),
+            "recent": list(state.recent),
             "optimizer_steps": state.optimizer.step_count,
             "cursor": state.cursor,
             "ranks": self.world.size,
@@ -86,6 +107,22 @@ class Saver:
 
         self._writing = threading.Thread(target=write, name="checkpoint")
         self._writing.start()
+
+    def inspect(self, state: TrainState) -> None:
+        """Raise a Fault on all ranks if a tensor on any of them has changed in memory or is not finite."""
+        sealed = state.optimizer.seals.on
+        broken = [f"{name} changed in memory" for name in state.optimizer.seals.broken()]
+        if sealed:
+            state.optimizer.seals.take()
+        found = state.model.state_dict() | state.optimizer.state_dict()
+        broken += [f"{name} is not finite" for name in not_finite(found)]
+        self.refuse(broken, state.step, state.drawn - 1)
+
+    def refuse(self, broken: list[str], step: int, batch: int) -> None:
+        """Raise a Fault on all ranks that names what is broken on any of them."""
+        if self.world.any(bool(broken)):
+            names = ", ".join(dict.fromkeys(self.world.gather(broken)))
+            raise Fault(f"at step {step} {names}", batch)
 
     def wait(self) -> None:
         """Until the checkpoint being written is on disk; its error, if it failed, is raised here."""
@@ -106,25 +143,42 @@ class Saver:
             if first:
                 write_tensors(part / "model.safetensors", model)
             write_tensors(part / f"rank_{rank}.safetensors", optimizer)
-            store.write_json(part / f"rank_{rank}.json", record)
+            # The last thing a rank does in this folder: once all are there, the first renames it.
+            store.write_json(part / f"rank_{rank}.json", record, sync=False)
             if not first:
                 return
             files = ["model.safetensors"]
             files += [f"rank_{r}.{kind}" for r in range(self.world.size) for kind in ("safetensors", "json")]
             if not self._await_ranks(part):
                 return
-            store.write_json(
-                part / "manifest.json",
-                {"format": store.FORMAT, "files": {f: store.entry(part / f) for f in files}},
-            )
+            listed = {f: store.entry(part / f) for f in files}
+            store.write_json(part / "manifest.json", {"format": store.FORMAT, "files": listed})
+            facts = {key: record[key] for key in ("step", "drawn", "skip", "ranks")}
+            facts |= transcript.hashes(listed)
+            facts |= {"precision": self.precision, "code": store.code_digest()}
+            facts |= {"host": socket.gethostname(), "time": round(time.time(), 3)}
+            transcript.append(self.directory.parent, facts)
             part.replace(self.directory / name)
             store.sync_directory(self.directory)
         except OSError:
             if first:  # a full disk must not stay full of what cannot be finished
                 shutil.rmtree(part, ignore_errors=True)
             raise
-        for old in self.found()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in reversed(self.found()[self.keep :]):
+            self._retire(old)
+
+    def _retire(self, folder: Path) -> None:
+        """Delete a checkpoint, or keep it for audits: each part of the run keeps its first two."""
+        audits = self.directory.with_name(store.AUDITS)
+
+        def part(one: Path) -> int:
+            return step_of(one) * self.audits // self.steps
+
+        if self.audits and sum(part(one) == part(folder) for one in audits.glob("step_*")) < 2:
+            audits.mkdir(exist_ok=True)
+            folder.replace(audits / folder.name)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def give_up(self) -> None:
         """Wait for no other rank's part any more: after an error here they may be gone."""
@@ -172,7 +226,7 @@ class Saver:
             if reason is None:
                 for damaged in aside:
                     shutil.rmtree(damaged, ignore_errors=True)
-                return int(folder.name.removeprefix("step_"))
+                return step_of(folder)
             print(f"checkpoint {folder.name} is damaged ({reason}); going back to the one before", flush=True)
             aside.append(folder.with_name(f"{folder.name}.damaged"))
             shutil.rmtree(aside[-1], ignore_errors=True)
@@ -181,15 +235,21 @@ class Saver:
             print(f"no checkpoint is whole; they stay in {self.directory} as *.damaged", flush=True)
         return -1
 
+    def discard(self, step: int) -> None:
+        """Delete the checkpoints from `step` on, so that an older one is resumed; none if no older one is
+        whole."""
+        if not self.world.is_first:
+            return
+        suspect = [folder for folder in self.found() if step_of(folder) >= step]
+        if any(damage(folder) is None for folder in self.found()[len(suspect) :]):
+            for folder in suspect:
+                print(f"deleting checkpoint {folder.name}: what follows it fails twice", flush=True)
+                shutil.rmtree(folder)
+
     def _load(self, folder: Path, state: TrainState) -> None:
-        rank = self.world.rank
-        if not (folder / f"rank_{rank}.json").exists() or (folder / f"rank_{self.world.size}.json").exists():
-            saved = len(list(folder.glob("rank_*.json")))
-            raise ValueError(
-                f"{folder} was saved by {saved} processes and this run has {self.world.size}; "
-                f"set runtime.nproc={saved} to go on from it"
-            )
-        record = json.loads((folder / f"rank_{rank}.json").read_text())
+        """What other ranks saved is divided anew if their number was another."""
+        saved = json.loads((folder / "rank_0.json").read_text())["ranks"]
+        records = [json.loads((folder / f"rank_{r}.json").read_text()) for r in range(saved)]
         try:
             weights = load_file(folder / "model.safetensors")
             with torch.no_grad():
@@ -197,11 +257,27 @@ class Saver:
                     tensor.copy_(weights[name])
         except (KeyError, RuntimeError):
             raise ValueError(f"{folder} holds a model of another shape than this stage's recipe") from None
-        state.optimizer.load_state_dict(
-            load_file(folder / f"rank_{rank}.safetensors"), record["optimizer_steps"]
-        )
+        parts = [safe_open(folder / f"rank_{r}.safetensors", "pt") for r in range(saved)]
+        record = records[self.world.rank % saved]
+        state.optimizer.load_state_dict([part.get_tensor for part in parts], record["optimizer_steps"])
         state.step, state.drawn, state.cursor = record["step"], record["drawn"], record["cursor"]
+        state.recent = record.get("recent", [])  # not in a checkpoint from before there was such an option
+        if saved != self.world.size:
+            if self.world.is_first:
+                print(f"{folder.name} was saved by {saved} ranks and is divided among {self.world.size}")
+            state.cursor = {"ranks": [record["cursor"] for record in records]}
         state.skip = sorted(set(record["skip"]) | set(state.skip))
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+@torch.no_grad()
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or infinity: their sums do too, and take one pass to read."""
+    finite = torch.stack([tensor.sum() for tensor in tensors.values()]).isfinite().tolist()
+    return [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
 
 
 def damage(folder: Path) -> str | None:

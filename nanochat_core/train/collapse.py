@@ -5,15 +5,18 @@ import json
 import math
 import shutil
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from nanochat_core.artifacts import store
+from nanochat_core.data.batch import Batch
 from nanochat_core.model.gpt import GPT
-from nanochat_core.train.checkpoint import write_tensors
+from nanochat_core.train.checkpoint import TrainState, write_tensors
 from nanochat_core.train.rollouts import Vitals
 
 SIGMAS = 3.0  # standard errors by which a reward has to have fallen for the fall to be believed
@@ -24,7 +27,7 @@ class Collapsed(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
+class CollapseLimits:
     """How far the mean of the last `window` steps may go, and the held-out reward of an examination."""
 
     window: int
@@ -47,7 +50,7 @@ class Monitor:
     """Looks at every step's answers and every examination, and says when to stop. What it knows is plain data
     and goes into the checkpoint, so that a resumed run stops where the other would have."""
 
-    def __init__(self, limits: Limits, start: Vitals) -> None:
+    def __init__(self, limits: CollapseLimits, start: Vitals) -> None:
         self.limits = limits
         self.start = start  # the examination at step 0
         self.best = self.best_examined = start.reward
@@ -64,7 +67,7 @@ class Monitor:
         }
 
     @classmethod
-    def restored(cls, limits: Limits, state: dict[str, Any]) -> "Monitor":
+    def restored(cls, limits: CollapseLimits, state: dict[str, Any]) -> "Monitor":
         monitor = cls(limits, Vitals(*state["start"]))
         monitor.best, monitor.best_examined = state["best"], state["best_examined"]
         monitor.recent.extend(Vitals(*vitals) for vitals in state["recent"])
@@ -156,3 +159,37 @@ class Best:
         for name, tensor in model.state_dict().items():
             tensor.copy_(weights[name])
         return kept
+
+
+class EarlyStopping:
+    """Ends a run with Collapsed if its evaluations or rollouts say so. Its state is part of the cursor."""
+
+    def __init__(self, limits: CollapseLimits, job_path: Path) -> None:
+        self.limits, self.best = limits, Best(job_path)
+        self.monitor: Monitor | None = None  # made by the evaluation at step 0, or restored from a checkpoint
+
+    def resume(self, state: TrainState) -> dict[str, Any]:
+        """The cursor of the rollouts to go on with."""
+        state.cursor = state.cursor.get("ranks", [state.cursor])[0]  # the same on every rank
+        known = state.cursor.get("monitor")
+        self.monitor = None if known is None else Monitor.restored(self.limits, known)
+        return state.cursor
+
+    def evaluated(self, step: int, vitals: Vitals) -> None:
+        if self.monitor is None or step == 0:
+            self.monitor = Monitor(self.limits, vitals)
+        else:
+            self.monitor.examined(vitals.reward)
+
+    def monitored(self, rollouts: Iterator[tuple[Batch, Vitals]]) -> Iterator[Batch]:
+        """The batches, each seen by the monitor first."""
+        for batch, vitals in rollouts:
+            assert self.monitor is not None  # hooks come before the first batch
+            self.monitor.see(vitals)
+            self.check()
+            cursor = partial(dict[str, Any], batch.cursor(), monitor=self.monitor.state())
+            yield replace(batch, cursor=cursor, notes=batch.notes | vitals._asdict())
+
+    def check(self) -> None:
+        if self.monitor is not None and self.monitor.why is not None:
+            raise Collapsed(self.monitor.why)

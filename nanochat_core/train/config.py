@@ -2,12 +2,12 @@
 torch."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from nanochat_core.artifacts.stage import Recipe
+from nanochat_core.artifacts.planned import Estimate, Planned, Speed
+from nanochat_core.artifacts.stage import Later, Recipe
 from nanochat_core.data.mixture import Order
 from nanochat_core.data.tasks import check_name, sliced
 from nanochat_core.data.tasks.needs import check_rows
@@ -16,6 +16,7 @@ from nanochat_core.model.shape import GPTConfig
 from nanochat_core.optim.schedule import Rates, Schedule
 
 REFERENCE_BATCH = 2**19  # tokens; the rates are nanochat's for this batch
+CONVERSATION_TOKENS = 500  # the mean of nanochat's mixture: 850 thousand rows, 424M tokens
 
 
 class Training(Recipe):
@@ -37,6 +38,9 @@ class Training(Recipe):
     momentum: tuple[float, float, float] = (0.85, 0.97, 0.90)  # Muon's: at first, warmed up, at the end
     momentum_warmup: int = Field(400, ge=0)
     grad_clip: float | None = Field(None, gt=0)  # upstream found no use for it once Muon was in
+    # Leave out the update of a step whose loss or gradient norm lies so many robust standard deviations above
+    # the last 128: 6 in OLMo-core. None where a published recipe is to be reproduced.
+    skip_spikes: Annotated[float | None, Field(gt=0), Later] = None
 
     def schedule(self) -> Schedule:
         return Schedule(self.warmup_steps, self.warmdown, self.final_lr, self.momentum, self.momentum_warmup)
@@ -87,16 +91,34 @@ class ChatTraining(Training):
             shares[whole] = shares.get(whole, 0) + share
         return shares
 
-    def facts(self, configs: Mapping[str, Any]) -> dict[str, float]:
-        shape: GPTConfig = configs["pretrain"].shape(configs["tokenizer"].vocab_size)
+    def facts(self, stage: Planned) -> dict[str, float]:
+        shape = base_shape(stage)
         if self.steps is None:
             return {}
         tokens = self.steps * self.total_batch
         return {"steps": self.steps, "tokens": tokens, "flops": tokens * flops_per_token(shape)}
 
-    def check(self, row: str, configs: Mapping[str, Any], ranks: int) -> None:
-        divides(self.total_batch, configs["pretrain"].sequence_len, f"{row}.total_batch", ranks)
-        check_rows(f"{row}.mixture", self.rows(), ("train", "validation"), configs["assets"])
+    def check(self, stage: Planned, ranks: int) -> None:
+        divides(self.total_batch, base_shape(stage).sequence_len, f"{stage.name}.total_batch", ranks)
+        check_rows(
+            f"{stage.name}.mixture", self.rows(), ("train", "validation"), stage.reads["assets"].config
+        )
+
+    def estimate(self, stage: Planned, speed: Speed) -> Estimate:
+        known = None if self.steps is None else self.steps * self.total_batch
+        tokens = known or sum(self.mixture.values()) * CONVERSATION_TOKENS
+        steps = tokens / self.total_batch
+        looks = 2 + (steps // self.eval_every if self.eval_every else 0)
+        work = tokens / speed.train + steps * speed.update
+        return Estimate(work + looks * self.eval_rows * CONVERSATION_TOKENS / speed.read, known is None)
+
+
+def base_shape(stage: Planned) -> GPTConfig:
+    """The shape of the model that a stage makes or goes on from: the recipe at the end of `model` has it."""
+    while "model" in stage.reads:
+        stage = stage.reads["model"]
+    shape: GPTConfig = stage.config.shape(stage.reads["tokenizer"].config.vocab_size)
+    return shape
 
 
 def divides(total_batch: int, sequence_len: int, name: str, ranks: int = 1) -> int:

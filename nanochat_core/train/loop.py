@@ -9,9 +9,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -22,12 +23,14 @@ from nanochat_core.data.batch import Batch
 from nanochat_core.machine.hardware import peak_flops
 from nanochat_core.machine.ranks import World
 from nanochat_core.optim.schedule import Schedule
-from nanochat_core.train.checkpoint import Saver, TrainState
+from nanochat_core.train.checkpoint import Fault, Saver, TrainState
 from nanochat_core.train.repeatable import repeatable
+from nanochat_core.train.spikes import WINDOW, spikes
 
 Batches = Callable[[TrainState], Iterator[Batch]]
 """Makes the stream of batches that follows a state's cursor; asked again after a fault sent the run back."""
 
+CHECK_SHARE = 0.01  # of the time, for looking whether bits flipped in memory: as many steps as that allows
 RECENT_STEPS = 50  # that the time left is reckoned from
 
 
@@ -41,12 +44,8 @@ class Hook(NamedTuple):
         return step in (0, steps) or (self.every > 0 and step % self.every == 0)
 
 
-class Fault(Exception):
-    """A loss or gradient that is not finite."""
-
-
 def fit(
-    job: Job,
+    job: Job[Any],
     world: World,
     state: TrainState,
     batches: Batches,
@@ -54,6 +53,7 @@ def fit(
     steps: int,
     schedule: Schedule,
     grad_clip: float | None = None,
+    skip_spikes: float | None = None,
     hooks: Iterable[Hook] = (),
     flops_per_token: float = 0.0,
     compile: bool = False,
@@ -63,9 +63,20 @@ def fit(
     Weights of a batch are divided by the count of all ranks, so neither the number of ranks nor the device
     batch changes what is computed. A checkpoint is made before hooks run, on the clock, on a step count and
     when the process is told to stop.
+
+    After a Fault the run goes back to the newest checkpoint and repeats what followed, for most are the
+    machine's and do not come again. One that does is met by passing over its batch, from one checkpoint
+    further back; a third ends the run.
     """
-    hooks = tuple(hooks)
-    saver = Saver(job.path, world, job.runtime.keep_checkpoints)
+    fp8 = job.runtime.precision == "fp8"
+    saver = Saver(
+        job.path,
+        world,
+        job.runtime.keep_checkpoints,
+        precision="fp8" if fp8 else str(world.dtype).removeprefix("torch."),
+        audits=job.runtime.audit_stretches,
+        steps=steps,
+    )
     resumed = saver.resume(state)
     if world.is_first:
         rewind_metrics(job.path / "metrics.jsonl", state.step, keep=resumed)
@@ -73,144 +84,172 @@ def fit(
             print(f"going on from the checkpoint at step {state.step} of {steps}", flush=True)
     runner = _Runner(job, world, state, compile)
     runner.rows = rows_that_fit(job, world, runner.rows)
+    attempt = _Attempt(
+        job, world, steps, schedule, grad_clip, skip_spikes, tuple(hooks), flops_per_token, saver, runner
+    )
+    resumed_at = state.step
+    place, times = -1, 0  # the furthest batch with a Fault, and how many there were without getting past it
     with stop_signals() as stopping:
         while True:
             try:
-                _run(
-                    job,
-                    world,
-                    state,
-                    batches,
-                    steps,
-                    schedule,
-                    grad_clip,
-                    hooks,
-                    flops_per_token,
-                    saver,
-                    runner,
-                    stopping,
-                )
+                attempt.run(state, batches, stopping)
                 return
             except Fault as fault:
-                if state.drawn in state.skip or state.skip[-1:] == [state.drawn - 1]:
+                times = times + 1 if fault.batch <= place + 1 else 1
+                place = fault.batch if times == 1 else max(place, fault.batch)
+                if times == 3:
                     raise ValueError(
-                        f"{fault}, twice in the same place; look at the data there, or lower the rates"
+                        f"{fault}, for the third time in the same place; "
+                        "look at the data there, test the memory, or lower the rates"
                     ) from None
-                skip = sorted({*state.skip, state.drawn})
-                print(f"{fault}; going back to the last checkpoint and passing over that batch", flush=True)
                 saver.wait()
-                state.skip = skip
+                saver.keep = job.runtime.keep_checkpoints + 1  # the newest may be what is wrong
+                if times == 1:
+                    print(f"{fault}; going back to the last checkpoint", flush=True)
+                else:
+                    print(f"{fault}, again; passing over batch {fault.batch}", flush=True)
+                    state.skip = sorted({*state.skip, fault.batch})
+                    saver.discard(resumed_at)
                 if not saver.resume(state):  # to go on would repeat data on weights that have seen it
                     raise ValueError(
                         f"{fault}, and no checkpoint is whole to go back to; run it again, from step 0"
                     ) from None
+                resumed_at = state.step
                 if world.is_first:
                     rewind_metrics(job.path / "metrics.jsonl", state.step, keep=True)
 
 
-def _run(
-    job: Job,
-    world: World,
-    state: TrainState,
-    batches: Batches,
-    steps: int,
-    schedule: Schedule,
-    grad_clip: float | None,
-    hooks: tuple[Hook, ...],
-    flops_per_token: float,
-    saver: Saver,
-    runner: "_Runner",
-    stopping: Callable[[], bool],
-) -> None:
-    stream = batches(state)
-    saved = time.monotonic()
-    peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
-    pace: deque[float] = deque(maxlen=RECENT_STEPS)
-    place: Callable[[], dict[str, object]] = lambda: state.cursor  # noqa: E731
-    try:
-        while True:
-            if (
-                (job.runtime.save_steps and state.step % job.runtime.save_steps == 0)
-                or state.step in (0, steps)
-                or any(hook.due(state.step, steps) for hook in hooks)
-                or world.any(time.monotonic() - saved > 60 * job.runtime.save_minutes)
-            ):
-                state.cursor = place()
-                saver.save(state)
-                saved = time.monotonic()
-            for hook in hooks:
-                if hook.due(state.step, steps):
-                    found = hook.action(state)
-                    if world.is_first and found:
-                        job.record(
-                            step=state.step, steps=steps, **{k: v for k, v in found.items() if v is not None}
-                        )
-            if state.step >= steps:
-                return
-            if world.any(stopping()):
-                state.cursor = place()
-                saver.save(state)
-                saver.wait()  # say it is saved when it is
-                print(f"told to stop; saved a checkpoint at step {state.step} of {steps}", flush=True)
-                raise Interrupted
-            began = time.monotonic()
-            batch = next(stream)
-            while state.drawn in state.skip:
-                state.drawn += 1
+@dataclass(frozen=True)
+class _Attempt:
+    """The loop and all that stays the same from one fault to the next."""
+
+    job: Job[Any]
+    world: World
+    steps: int
+    schedule: Schedule
+    grad_clip: float | None
+    skip_spikes: float | None
+    hooks: tuple[Hook, ...]
+    flops_per_token: float
+    saver: Saver
+    runner: "_Runner"
+
+    def run(self, state: TrainState, batches: Batches, stopping: Callable[[], bool]) -> None:
+        """Train to the last step; Fault, Interrupted or a hook's own exception ends it before."""
+        job, world, steps, saver, runner = self.job, self.world, self.steps, self.saver, self.runner
+        stream = batches(state)
+        saved = started = time.monotonic()
+        checking, sealed = 0.0, True  # seconds; whether this step is checked
+        state.optimizer.zero_grad()
+        state.optimizer.seals.take()
+        peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+        pace: deque[float] = deque(maxlen=RECENT_STEPS)
+        place: Callable[[], dict[str, object]] = lambda: state.cursor  # noqa: E731
+        try:
+            while True:
+                if (
+                    (job.runtime.save_steps and state.step % job.runtime.save_steps == 0)
+                    or state.step in (0, steps, job.runtime.stop_step)
+                    or any(hook.due(state.step, steps) for hook in self.hooks)
+                    or world.any(time.monotonic() - saved > 60 * job.runtime.save_minutes)
+                ):
+                    state.cursor = place()
+                    saver.save(state)
+                    saved = time.monotonic()
+                if state.step == job.runtime.stop_step:
+                    raise Interrupted
+                for hook in self.hooks:
+                    if hook.due(state.step, steps):
+                        found = hook.action(state)
+                        for name, value in found.items():
+                            if isinstance(value, float) and not math.isfinite(value):
+                                raise Fault(f"{name} is {value} at step {state.step}", state.drawn - 1)
+                        if world.is_first and found:
+                            known = {name: value for name, value in found.items() if value is not None}
+                            job.record(step=state.step, steps=steps, **known)
+                if state.step >= steps:
+                    saver.inspect(state)
+                    return
+                if world.any(stopping()):
+                    state.cursor = place()
+                    saver.save(state)
+                    saver.wait()  # say it is saved when it is
+                    print(f"told to stop; saved a checkpoint at step {state.step} of {steps}", flush=True)
+                    raise Interrupted
+                began = time.monotonic()
                 batch = next(stream)
-            count, tokens = world.sum(batch.count, batch.inputs.numel())
-            state.optimizer.zero_grad()
-            rows = runner.rows
-            mine = runner.backward(batch, count)
-            if runner.rows != rows:
-                keep_rows(job, world, runner.rows)
-            loss = world.sum(mine)[0]
-            grad_norm = state.optimizer.reduce()
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise Fault(
-                    f"batch {state.drawn} at step {state.step} gave a loss of {loss} "
-                    f"and a gradient of {grad_norm}"
-                )
-            lr = schedule.lr(state.step, steps)
-            if (
-                grad_norm > 0
-            ):  # rollouts may teach nothing: momentum alone would go on at full length, as Muon does
-                state.optimizer.update(
-                    lr=lr,
-                    momentum=schedule.muon_momentum(state.step, steps),
-                    weight_decay=schedule.weight_decay(state.step, steps),
-                    grad_scale=min(1.0, grad_clip / (grad_norm + 1e-6)) if grad_clip else 1.0,
-                )
-            state.step += 1
-            state.drawn += 1
-            place = batch.cursor
-            if world.is_first:
-                seconds = time.monotonic() - began
-                pace.append(seconds)
-                rate = flops_per_token * tokens / seconds
-                row: dict[str, float] = {"loss": loss, "lr": lr, "grad_norm": round(grad_norm, 6)}
-                row |= {"tokens_per_s": round(tokens / seconds, 1), "tflops": round(rate / 1e12, 5)}
-                if peak:
-                    row["mfu"] = round(rate / (peak * world.size), 4)
-                # The median: the first step compiles, and one in many waits for a disk.
-                row["eta_s"] = round(statistics.median(pace) * (steps - state.step), 2)
-                row["memory_gb"] = round(memory_gb(world), 2)
-                job.record(step=state.step, steps=steps, **row, **batch.notes)
-    except (Fault, Interrupted):
-        raise
-    except BaseException:
-        saver.give_up()
-        raise
-    finally:
-        if isinstance(stream, Generator):
-            stream.close()  # ends the thread that reads ahead
-        saver.wait()  # the process must not end on half a checkpoint
+                while state.drawn in state.skip:
+                    state.drawn += 1
+                    batch = next(stream)
+                count, tokens = world.sum(batch.count, batch.inputs.numel())
+                rows = runner.rows
+                mine = runner.backward(batch, count)
+                passes = -(-batch.inputs.size(0) // (runner.rows or batch.inputs.size(0)))
+                if runner.rows != rows:
+                    keep_rows(job, world, runner.rows)
+                looked = time.monotonic()
+                flips = [f"{name} changed in memory" for name in state.optimizer.seals.broken()]
+                if sealed:  # sealed as long as looked at; gradients once more for each pass
+                    checking += (2 + passes) * (time.monotonic() - looked)
+                loss, norms, flipped = world.sum(mine, state.optimizer.reduce(), len(flips))
+                if flipped:
+                    saver.refuse(flips, state.step, state.drawn)
+                grad_norm = norms / world.size  # all ranks must judge the same number
+                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                    raise Fault(
+                        f"batch {state.drawn} at step {state.step} gave a loss of {loss} "
+                        f"and a gradient of {grad_norm}",
+                        state.drawn,
+                    )
+                lr = self.schedule.lr(state.step, steps)
+                spike = False
+                if self.skip_spikes is not None:
+                    spike = spikes(state.recent, (loss, grad_norm), self.skip_spikes)
+                    state.recent = [*state.recent, (loss, grad_norm)][-WINDOW:]
+                # Rollouts may teach nothing: momentum alone would go on at full length, as Muon does.
+                if grad_norm > 0 and not spike:
+                    state.optimizer.update(
+                        lr=lr,
+                        momentum=self.schedule.muon_momentum(state.step, steps),
+                        weight_decay=self.schedule.weight_decay(state.step, steps),
+                        grad_scale=min(1.0, self.grad_clip / (grad_norm + 1e-6)) if self.grad_clip else 1.0,
+                    )
+                state.optimizer.zero_grad()
+                sealed = checking <= CHECK_SHARE * (time.monotonic() - started)
+                if sealed:
+                    state.optimizer.seals.take()
+                state.step += 1
+                state.drawn += 1
+                place = batch.cursor
+                if world.is_first:
+                    seconds = time.monotonic() - began
+                    pace.append(seconds)
+                    rate = self.flops_per_token * tokens / seconds
+                    row: dict[str, float] = {"loss": loss, "lr": lr, "grad_norm": round(grad_norm, 6)}
+                    row |= {"tokens_per_s": round(tokens / seconds, 1), "tflops": round(rate / 1e12, 5)}
+                    if spike:
+                        row["skipped"] = 1
+                    if peak:
+                        row["mfu"] = round(rate / (peak * world.size), 4)
+                    # The median: the first step compiles, and one in many waits for a disk.
+                    row["eta_s"] = round(statistics.median(pace) * (steps - state.step), 2)
+                    row["memory_gb"] = round(memory_gb(world), 2)
+                    job.record(step=state.step, steps=steps, **row, **batch.notes)
+        except (Fault, Interrupted):
+            raise
+        except BaseException:
+            saver.give_up()
+            raise
+        finally:
+            if isinstance(stream, Generator):
+                stream.close()  # ends the thread that reads ahead
+            saver.wait()  # the process must not end on half a checkpoint
 
 
 class _Runner:
     """Forward and backward of a batch in as many pieces as the device has room for."""
 
-    def __init__(self, job: Job, world: World, state: TrainState, compile: bool) -> None:
+    def __init__(self, job: Job[Any], world: World, state: TrainState, compile: bool) -> None:
         self.world = world
         self.runtime, self.compiled = job.runtime, compile
         self.rows = job.runtime.device_batch.get(
@@ -259,7 +298,7 @@ class _Runner:
         return float(torch.stack(losses).double().sum())
 
 
-def rows_path(job: Job, world: World) -> Path:
+def rows_path(job: Job[Any], world: World) -> Path:
     return job.path / "checkpoints" / f"rows_{world.rank}.json"
 
 
@@ -267,7 +306,7 @@ def device_name(world: World) -> str:
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
 
 
-def keep_rows(job: Job, world: World, rows: int) -> None:
+def keep_rows(job: Job[Any], world: World, rows: int) -> None:
     """Note how many rows fit, so that an attempt after this one neither runs out of memory nor compiles
     twice."""
     path = rows_path(job, world)
@@ -276,7 +315,7 @@ def keep_rows(job: Job, world: World, rows: int) -> None:
     store.write_json(path, {"device": device_name(world), "asked": asked, "rows": rows})
 
 
-def rows_that_fit(job: Job, world: World, asked: int) -> int:
+def rows_that_fit(job: Job[Any], world: World, asked: int) -> int:
     """The rows asked for (0: the whole batch), or the fewer that an earlier attempt found to fit this device.
     Who asks for more than that attempt did is given it."""
     path = rows_path(job, world)

@@ -4,7 +4,7 @@ their likes."""
 import functools
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,15 +15,13 @@ from nanochat_core.data.batch import Batch
 from nanochat_core.data.tasks import Task
 from nanochat_core.infer.engine import Completion, Engine
 from nanochat_core.infer.sampling import Sampling
+from nanochat_core.machine.ranks import World
 from nanochat_core.model.gpt import GPT
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.tokenizer.render import render_for_completion
 
 ROWS = 32  # of a pass that asks for no gradient
 NOTHING = 1e-6  # of an advantage: what is left of equal rewards less their mean, which floats do not hit
-
-Total = Callable[..., list[float]]
-"""Adds numbers up over all ranks."""
 
 
 class Row(NamedTuple):
@@ -44,7 +42,7 @@ class Vitals(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sampler:
+class RolloutSampler:
     """How answers are drawn: so many of each question, each from its own seed."""
 
     samples: int
@@ -99,7 +97,7 @@ class Answers:
             )
         ]
 
-    def vitals(self, model: GPT, tokenizer: Tokenizer, total: Total) -> Vitals:
+    def vitals(self, model: GPT, tokenizer: Tokenizer, world: World) -> Vitals:
         """Over the answers of all ranks. The entropy is taken from the first answer to each question, at
         temperature 1 and over the whole vocabulary: one forward pass for few."""
         firsts = self.rows(torch.zeros_like(self.rewards))[:: self.rewards.size(1)]
@@ -111,7 +109,7 @@ class Answers:
                 _, nll = model.loss(inputs.to(device), targets.to(device), weights.to(device))
             nats += float((nll.cpu() * (targets >= 0)).double().sum())
             chosen += float((targets >= 0).sum())
-        n, reward, nats, chosen, tokens, cut = total(
+        n, reward, nats, chosen, tokens, cut = world.sum(
             len(self.completions),
             float(self.rewards.double().sum()),
             nats,
@@ -126,13 +124,11 @@ def rollouts(
     model: GPT,
     tokenizer: Tokenizer,
     task: Task,
-    sampler: Sampler,
+    sampler: RolloutSampler,
     *,
     questions: int,
     cursor: dict[str, Any],
-    rank: int = 0,
-    size: int = 1,
-    total: Total = lambda *values: list(values),
+    world: World,
 ) -> Iterator[tuple[Batch, Vitals]]:
     """Batches made by the model as it is when they are asked for (on policy, no reference model, no
     clipping).
@@ -146,11 +142,11 @@ def rollouts(
     while True:
         model.eval()
         engine = Engine(model, tokenizer, max_rows=min(256, questions * sampler.samples))
-        mine = [i for i in range(questions) if i % size == rank]
+        mine = [i for i in range(questions) if i % world.size == world.rank]
         asked = [question_at(step * questions + i, len(task), sampler.seed) for i in mine]
         with torch.no_grad():
             answers = sampler.ask(engine, tokenizer, task, asked, f"step-{step}")
-        vitals = answers.vitals(model, tokenizer, total)
+        vitals = answers.vitals(model, tokenizer, world)
         model.train()
         step += 1
         yield to_batch(answers, tokenizer, step), vitals

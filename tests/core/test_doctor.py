@@ -264,7 +264,9 @@ def test_the_burn_waits_for_nobody_and_disturbs_nobody(box: Box, spark: plans.Pl
 def test_a_run_ends_over_what_is_broken_and_names_all_of_it(box: Box, spark: plans.Plan) -> None:
     box.free, box.tried["flops"] = 10**9, 30e12
     said: list[str] = []
-    with pytest.raises(doctor.Unfit, match=r"dgx-spark.*speed:.*power brick.*disk:.*nanochat gc") as refusal:
+    with pytest.raises(
+        doctor.RequirementsNotMet, match=r"dgx-spark.*speed:.*power brick.*disk:.*nanochat gc"
+    ) as refusal:
         doctor.preflight(spark, plans.explain(spark), said.append, box.edges())
     assert len(said) == 2 and "nanochat doctor dgx-spark" in str(refusal.value)
 
@@ -303,7 +305,7 @@ def test_a_run_under_way_waits_for_a_driver_that_is_not_up_yet(
 
 def test_a_run_that_has_not_begun_does_not_wait(box: Box, spark: plans.Plan) -> None:
     box.answers["nvidia-smi"] = Said(9, "couldn't communicate with the NVIDIA driver")
-    with pytest.raises(doctor.Unfit, match="couldn't communicate"):
+    with pytest.raises(doctor.RequirementsNotMet, match="couldn't communicate"):
         doctor.preflight(spark, plans.explain(spark), lambda words: None, box.edges())
 
 

@@ -17,7 +17,7 @@ GB = 10**9
 
 
 def test_the_spark_stops_earlier_than_a_machine_whose_gpu_has_its_own_memory() -> None:
-    def verdict(available: float, bounds: guard.Limits) -> str:
+    def verdict(available: float, bounds: guard.MemoryLimits) -> str:
         return guard.look(lambda: Memory(120 * GB, round(available * GB), 0), bounds)
 
     assert [verdict(free, guard.SHARED) for free in (30, 16, 14, 5, 4)] == ["", "", "stop", "stop", "kill"]

@@ -64,12 +64,15 @@ def tiny(base: Path, url: str) -> plans.Plan:
     )
 
 
-def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_weights(
-    url: str, tiny_base: Path, tmp_path: Path
-) -> None:
-    here, there = tiny(tmp_path / "a", url), tiny(tmp_path / "b", url)
-    shutil.copytree(tiny_base, here.runtime.base_dir)
-    shutil.rmtree(here.jobs["pretrain"].path.parent)
+def weights_when_left_alone(base: Path, *overrides: str) -> bytes:
+    toy = Toy(base)
+    made = toy.plan(*overrides, until="pretrain")
+    toy.make(made)
+    return (made.jobs["pretrain"].path / "model.safetensors").read_bytes()
+
+
+def killed_once_sent(here: plans.Plan, step: int) -> int:
+    """Pretrain here, killed once the mirror has a checkpoint of that step or a later one; the one it has."""
     path = here.jobs["pretrain"].path
     path.mkdir(parents=True)
     store.write_json(path / "job.json", launch.describe(here, "pretrain", None))
@@ -80,7 +83,7 @@ def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_weights(
     assert held is not None
     deadline = time.monotonic() + 120
     try:
-        while (held.look(here.jobs["pretrain"]).step or 0) < 4:
+        while (held.look(here.jobs["pretrain"]).step or 0) < step:
             assert process.poll() is None and time.monotonic() < deadline
             send.round()
     finally:
@@ -89,12 +92,39 @@ def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_weights(
     reached = held.look(here.jobs["pretrain"]).step
     assert reached is not None and held.look(here.jobs["pretrain"]).result is None
     shutil.rmtree(here.runtime.base_dir)  # that machine is gone
+    return reached
 
+
+def test_a_run_killed_on_one_machine_goes_on_where_its_mirror_is(toy: Toy, url: str, tmp_path: Path) -> None:
+    slow = (f"runtime.mirror={url}", "pretrain.steps=60", "pretrain.pause=0.05")
+    here, there = toy.plan(*slow), Toy(tmp_path / "there")
+    toy.make(here, "shards")
+    reached = killed_once_sent(here, 4)
+    plan = there.plan(*slow)
+    verdict = plans.explain(plan)["pretrain"]
+    assert (verdict.state, verdict.step) == ("resume", reached)
+    for row in ("shards", "pretrain"):
+        launch.launch(plan, row)
+    assert there.starts(plan, "pretrain") == [str(reached)]
+    weights = (plan.jobs["pretrain"].path / "model.safetensors").read_bytes()
+    assert weights == weights_when_left_alone(tmp_path / "alone", "pretrain.steps=60")
+
+
+@pytest.mark.slow
+def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_weights(
+    url: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    here, there = tiny(tmp_path / "a", url), tiny(tmp_path / "b", url)
+    shutil.copytree(tiny_base, here.runtime.base_dir)
+    shutil.rmtree(here.jobs["pretrain"].path.parent)
+    reached = killed_once_sent(here, 4)
     verdicts = plans.explain(there)
     assert verdicts["tokenizer"] == ("fetch", "finished in the mirror", None, verdicts["tokenizer"].seconds)
     assert (verdicts["pretrain"].state, verdicts["pretrain"].step) == ("resume", reached)
     for row in there.jobs:
         launch.launch(there, row)
+    held = mirror.of(there.runtime)
+    assert held is not None
     log = (there.jobs["pretrain"].path / "log.txt").read_text()
     assert f"going on from the checkpoint at step {reached}" in log
     attempts = [event["event"] for event in store.read_attempts(there.jobs["pretrain"].path)]

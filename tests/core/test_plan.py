@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from toys import PROFILE, Toy
+from toys import PROFILE, TOY, Toy
 
 from nanochat_core.artifacts import store
 from nanochat_core.runner import plan
@@ -158,7 +158,7 @@ def test_a_damaged_profile_is_named(tmp_path: Path, toy: Toy) -> None:
 
 def test_a_profile_can_leave_rows_out(tmp_path: Path, toy: Toy) -> None:
     profile = tmp_path / "mine.toml"
-    profile.write_text('[profile]\nleave_out = ["mid"]\n')
+    profile.write_text(f'[profile]\nleave_out = ["mid"]\nstages = ["{TOY}/table.py"]\n')
     made = plan.load(str(profile), base_dir=tmp_path)
     assert list(made.jobs) == ["shards", "pretrain", "base_loss", "report"]
     assert made.left_out["sft"] == "it reads mid, which is left out"
@@ -200,6 +200,6 @@ def test_artefacts_of_other_code_are_named_and_kept(toy: Toy, monkeypatch: pytes
     toy.make(made)
     verdicts = plan.explain(made)
     assert plan.by_other_code(made, verdicts) == []
-    monkeypatch.setattr(plan, "code_digest", lambda: "another")
+    monkeypatch.setattr(store, "code_digest", lambda: "another")
     assert plan.by_other_code(made, verdicts) == list(made.jobs)
     assert all(verdict.state == "hit" for verdict in plan.explain(made).values())

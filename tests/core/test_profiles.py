@@ -1,5 +1,6 @@
 """Every profile is read and planned, and what it says of itself is what was published."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,13 @@ def test_a_loss_is_made_in_few_slices_on_a_gpu(profile: str, tmp_path: Path) -> 
 
 def test_a_huge_batch_grows_the_slices_instead_of_their_number() -> None:
     assert slice_rows(2**20, 65_536, "cuda") == 2**20 // 16
+
+
+def test_each_stage_of_each_profile_has_the_identity_it_always_had(tmp_path: Path) -> None:
+    """A changed one orphans what people have trained; one that is meant has its row's version raised."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "fingerprints.json").read_text())
+    found = {
+        profile: {name: job.fingerprint for name, job in plans.load(profile, base_dir=tmp_path).jobs.items()}
+        for profile in golden
+    }
+    assert found == golden and set(golden) == set(plans.profile_names())

@@ -12,7 +12,7 @@ from nanochat_core.artifacts.progress import Pace, count, describe, is_progress,
 from nanochat_core.report.headline import headline
 from nanochat_core.runner import estimate, status
 from nanochat_core.runner.plan import explain
-from nanochat_core.runner.terminal import Terminal
+from nanochat_core.runner.run_display import RunDisplay
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_foreign_row_is_not_progress(row: dict[str, object]) -> None:
 
 def test_without_a_terminal_a_stage_is_two_lines_and_the_cached_ones_one() -> None:
     out = io.StringIO()
-    terminal = Terminal(out)
+    terminal = RunDisplay(out)
     terminal.found("shards")
     terminal.found("tokenizer")
     with terminal.stage("pretrain", "first run", lambda: {"val_bpb": 1.5}) as see:
@@ -87,7 +87,7 @@ def test_without_a_terminal_a_stage_is_two_lines_and_the_cached_ones_one() -> No
 def test_at_a_terminal_there_is_a_bar_with_loss_and_time_left() -> None:
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as out:
-        terminal = Terminal(out)
+        terminal = RunDisplay(out)
         with terminal.stage("pretrain", "first run", lambda: {"val_bpb": 1.5}) as see:
             see({"step": 1, "steps": 4, "loss": 5.0, "time": 0.0})
             see({"step": 2, "steps": 4, "loss": 4.5, "time": 30.0})
@@ -103,7 +103,7 @@ def test_at_a_terminal_there_is_a_bar_with_loss_and_time_left() -> None:
 
 def test_a_stage_that_ends_badly_is_not_called_done() -> None:
     out = io.StringIO()
-    with pytest.raises(ValueError), Terminal(out).stage("mid", "first run", dict):
+    with pytest.raises(ValueError), RunDisplay(out).stage("mid", "first run", dict):
         raise ValueError
     assert "done" not in out.getvalue()
 
@@ -126,16 +126,15 @@ def test_status_reads_the_disk(toy: Toy) -> None:
 def test_a_model_is_found_by_stage_by_directory_and_by_default(toy: Toy, tmp_path: Path) -> None:
     made = toy.plan(until="sft")
     toy.make(made)
-    latest = {name: job.fingerprint for name, job in made.jobs.items()}
-    assert status.find_model(toy.base_dir, "mid", latest) == made.jobs["mid"].path
-    assert status.find_model(toy.base_dir, None, latest) == made.jobs["sft"].path
-    assert status.find_model(toy.base_dir, str(tmp_path), latest) == tmp_path
+    assert status.find_model(toy.base_dir, "mid") == made.jobs["mid"].path
+    assert status.find_model(toy.base_dir, None) == made.jobs["sft"].path
+    assert status.find_model(toy.base_dir, str(tmp_path)) == tmp_path
     with pytest.raises(ValueError, match="shards leaves no model to talk to; these do: sft, mid, pretrain"):
-        status.find_model(toy.base_dir, "shards", latest)
+        status.find_model(toy.base_dir, "shards")
     (made.jobs["sft"].path / "result.json").unlink()
-    assert status.find_model(toy.base_dir, None, latest) == made.jobs["mid"].path
+    assert status.find_model(toy.base_dir, None) == made.jobs["mid"].path
     with pytest.raises(ValueError, match="sft of the latest run is not finished"):
-        status.find_model(toy.base_dir, "sft", latest)
+        status.find_model(toy.base_dir, "sft")
 
 
 def test_a_forecast_scales_what_was_measured_and_knows_what_it_does_not(toy: Toy) -> None:
@@ -154,7 +153,7 @@ def test_that_the_network_is_waited_for_is_told_once_a_wait_and_stands_in_the_li
     out = io.StringIO()
     row = {"step": 3, "steps": 80, "time": 0.0}
     waiting = row | {"waiting": "waiting for the network: hub, no route; next try in 30 s"}
-    with Terminal(out).bringing("shards") as see:
+    with RunDisplay(out).bringing("shards") as see:
         for each in (row, waiting, waiting, row, waiting):
             see(each)
     lines = out.getvalue().splitlines()
@@ -166,6 +165,6 @@ def test_that_the_network_is_waited_for_is_told_once_a_wait_and_stands_in_the_li
 
 def test_a_note_of_a_stage_is_told_where_nobody_watches_a_bar() -> None:
     out = io.StringIO()
-    with Terminal(out).stage("shards", "first run", dict) as see:
+    with RunDisplay(out).stage("shards", "first run", dict) as see:
         see({"step": 0, "steps": 1, "time": 0.0, "note": "a wheel is not installed"})
     assert "shards         note: a wheel is not installed\n" in out.getvalue()

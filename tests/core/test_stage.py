@@ -3,12 +3,12 @@ import math
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import ValidationError
 
-from nanochat_core.artifacts.stage import Recipe, Stage, canonical, fingerprint
+from nanochat_core.artifacts.stage import Later, Recipe, Stage, canonical, fingerprint
 
 
 class Small(Recipe):
@@ -25,6 +25,14 @@ STAGE = Stage("pretrain", SimpleNamespace(Config=Small, run=None))
 def test_a_fingerprint_is_the_same_in_every_process_and_version() -> None:
     # A changed digest here orphans every artefact anybody has made.
     assert fingerprint(STAGE, Small(), {"text": "abc"}) == "0f8f82623d9730c062c5"
+
+
+def test_a_key_that_came_later_counts_only_when_it_is_set() -> None:
+    class Grown(Small):
+        clip: Annotated[float | None, Later] = None
+
+    assert fingerprint(STAGE, Grown(), {}) == fingerprint(STAGE, Small(), {})
+    assert fingerprint(STAGE, Grown(clip=1.0), {}) != fingerprint(STAGE, Small(), {})
 
 
 def test_the_order_of_a_mapping_does_not_matter() -> None:

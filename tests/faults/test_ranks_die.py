@@ -30,9 +30,7 @@ def rank_process(job: Path, rank: int) -> int:
     raise AssertionError(f"rank {rank} of {job} is not there")
 
 
-@pytest.mark.parametrize(
-    ("before", "step"), [("pretrain", 6), ("mid", 5), ("sft", 7), ("rl", 5)], indirect=["before"]
-)
+@pytest.mark.parametrize(("before", "step"), [("pretrain", 6), ("sft", 7), ("rl", 5)], indirect=["before"])
 def test_two_ranks_resume_exactly(before: Path, step: int, request: pytest.FixtureRequest) -> None:
     stage = request.node.callspec.params["before"]
     launch.launch(tiny(before, TWO), stage)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from toys import make
 
 from flows import downloads
 from nanochat_core.artifacts.mirror import of
@@ -74,7 +75,7 @@ def plan(tmp_path: Path) -> Iterator[plans.Plan]:
 
 
 @flow(name="bring")
-def bring(plan: plans.Plan, stopping: Any, see: Any = None) -> list[dict[str, int]]:
+def bring(plan: Any, stopping: Any, see: Any = None) -> list[dict[str, int]]:
     return [future.result() for future in downloads.bring(plan, "shards", stopping, see or len)]
 
 
@@ -141,9 +142,7 @@ def test_what_the_mirror_has_is_not_downloaded(plan: plans.Plan, tmp_path: Path)
         plans.load(plan.profile, [mirror], base_dir=tmp_path / name, until="shards")
         for name in ("here", "there")
     )
-    for name in ("assets", "shards_head", "shards"):
-        if name in here.jobs:
-            launch.launch(here, name)
+    make(here, "shards")
     held = of(here.runtime)
     assert held is not None
     Copies(held, here.jobs, here.runtime.base_dir, print).round()

@@ -7,17 +7,18 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from test_services import Machine, until
+from toys import Command
 
 from nanochat_core.cli.options import usable
 from nanochat_core.machine import systemd
-from nanochat_core.machine.systemd import Step
+from nanochat_core.machine.installed import module
+from nanochat_core.machine.systemd import InstallStep
 
 
 def settings(text: str, key: str) -> list[str]:
@@ -42,7 +43,7 @@ def test_the_unit_names_this_python_and_survives_all_it_can() -> None:
     text = systemd.unit(Path("/srv/base"), 4242, system=True, user="ada")
     (command,) = settings(text, "ExecStart")
     api = "http://127.0.0.1:4242/api"
-    assert shlex.split(command) == [sys.executable, "-m", "flows.services", "/srv/base", api, "4242"]
+    assert shlex.split(command) == module("flows.services", "/srv/base", api, "4242")
     assert settings(text, "User") == ["ada"] and settings(text, "WantedBy") == ["multi-user.target"]
     assert settings(text, "Restart") == ["always"] and settings(text, "StartLimitIntervalSec") == ["0"]
     assert settings(systemd.unit(Path("/b"), 1, system=False, user="ada"), "User") == []
@@ -50,18 +51,10 @@ def test_the_unit_names_this_python_and_survives_all_it_can() -> None:
         systemd.unit(Path("/srv/100%"), 4200, system=False, user="ada")
 
 
-def test_a_dry_run_shows_everything_and_does_nothing(tmp_path: Path) -> None:
-    env = os.environ | {"XDG_CONFIG_HOME": str(tmp_path), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
-    words = [
-        sys.executable,
-        "-m",
-        "nanochat_core.cli.main",
-        "install-services",
-        "--dry-run",
-        "--user-name",
-        "ada",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, env=env)
+def test_a_dry_run_shows_everything_and_does_nothing(command: Command, tmp_path: Path) -> None:
+    env = {"XDG_CONFIG_HOME": str(tmp_path)}
+    words = ["install-services", "--dry-run", "--user-name", "ada"]
+    done = command(*words, env=env)
     assert done.returncode == 0, done.stderr
     unit = tmp_path / "systemd" / "user" / "nanochat.service"
     for said in (
@@ -72,19 +65,19 @@ def test_a_dry_run_shows_everything_and_does_nothing(tmp_path: Path) -> None:
     ):
         assert said in done.stdout
     assert list(tmp_path.iterdir()) == []
-    done = subprocess.run([*words, "--system"], capture_output=True, text=True, env=env)
+    done = command(*words, "--system", env=env)
     assert "systemctl mask sleep.target" in done.stdout and "runuser -u ada" in done.stdout
 
 
-def test_a_dry_run_for_the_machine_names_who_really_runs_it_and_their_home() -> None:
+def test_a_dry_run_for_the_machine_names_who_really_runs_it_and_their_home(command: Command) -> None:
     nobody = pwd.getpwnam("nobody")
-    env = {name: value for name, value in os.environ.items() if name != "NANOCHAT_BASE_DIR"}
-    words = [sys.executable, "-m", "nanochat_core.cli.main", "install-services", "--dry-run", "--system"]
-    done = subprocess.run(words, capture_output=True, text=True, env=env | {"SUDO_USER": "nobody"})
+    words = ["install-services", "--dry-run", "--system"]
+    unset = {"NANOCHAT_BASE_DIR": None}
+    done = command(*words, env=unset | {"SUDO_USER": "nobody"})
     assert done.returncode == 0, done.stderr
     assert "User=nobody" in done.stdout and "runuser -u nobody" in done.stdout
     assert f"NANOCHAT_BASE_DIR={nobody.pw_dir}/.cache/nanochat" in done.stdout  # not root's home
-    done = subprocess.run([*words, "--user-name", "n0body"], capture_output=True, text=True, env=env)
+    done = command(*words, "--user-name", "n0body", env=unset)
     assert done.returncode == 2 and "there is no user n0body on this machine" in done.stderr
 
 
@@ -112,16 +105,16 @@ def test_steps_are_done_in_order_and_the_first_that_fails_says_why(tmp_path: Pat
     said: list[str] = []
     note = tmp_path / "note"
     done = [
-        Step("a file", tmp_path / "deep" / "unit", "text"),
-        Step("a command", command=("touch", str(note))),
+        InstallStep("a file", tmp_path / "deep" / "unit", "text"),
+        InstallStep("a command", command=("touch", str(note))),
     ]
     systemd.install(done, said.append)
     assert (tmp_path / "deep" / "unit").read_text() == "text" and note.exists()
     assert said[0] == "# a file" and shlex.join(["touch", str(note)]) in said
     with pytest.raises(ValueError, match=r"No such file.*put that right and run this again"):
-        systemd.install([Step("fails", command=("cat", str(tmp_path / "none")))], said.append)
+        systemd.install([InstallStep("fails", command=("cat", str(tmp_path / "none")))], said.append)
     with pytest.raises(ValueError, match="there is no frobnicatectl here; without systemd call nanochat up"):
-        systemd.install([Step("is not there", command=("frobnicatectl",))], said.append)
+        systemd.install([InstallStep("is not there", command=("frobnicatectl",))], said.append)
 
 
 def test_the_services_do_not_run_as_root_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +140,8 @@ def test_the_units_command_run_by_hand_brings_an_interrupted_run_back(tmp_path: 
     env |= dict(word.split("=", 1) for line in settings(text, "Environment") for word in shlex.split(line))
 
     def start() -> "subprocess.Popen[bytes]":
-        """As systemd does: the unit's command, directory and environment, and nothing of ours."""
-        (cwd,) = settings(text, "WorkingDirectory")
-        return subprocess.Popen(shlex.split(command), cwd=cwd, env=env, stdout=subprocess.DEVNULL)
+        """As systemd does: the unit's command and environment, in the user's home, and nothing of ours."""
+        return subprocess.Popen(shlex.split(command), cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)
 
     machine.base.mkdir()
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toys import Command
 
 import nanochat_core
 from nanochat_core.sources.documents import shard_list
@@ -119,7 +120,7 @@ def test_an_interrupted_repackage_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0 and runs > 0, done.stderr
 
 
-def test_identity_says_how_far_it_is_and_what_comes_next(tmp_path: Path) -> None:
+def test_identity_says_how_far_it_is_and_what_comes_next(command: Command, tmp_path: Path) -> None:
     asked: list[str | None] = []
 
     class Writer(BaseHTTPRequestHandler):
@@ -145,7 +146,7 @@ def test_identity_says_how_far_it_is_and_what_comes_next(tmp_path: Path) -> None
     url = f"http://127.0.0.1:{server.server_port}/v1"
     words = ["identity", str(out), "--base-url", url, "--model", "m", "--name", "Ada", "--count", "12"]
     try:
-        done = nanochat(*words, "--persona", str(persona), NANOCHAT_API_KEY="secret")
+        done = command(*words, "--persona", str(persona), env={"NANOCHAT_API_KEY": "secret"})
     finally:
         server.shutdown()
         server.server_close()
@@ -159,13 +160,13 @@ def test_identity_says_how_far_it_is_and_what_comes_next(tmp_path: Path) -> None
     assert set(asked) == {"Bearer secret"} and "secret" not in done.stdout + done.stderr + out.read_text()
 
 
-def test_what_the_user_can_mend_is_one_line(tmp_path: Path) -> None:
+def test_what_the_user_can_mend_is_one_line(command: Command, tmp_path: Path) -> None:
     endpoint = ["--base-url", "127.0.0.1:1", "--model", "m"]
-    done = nanochat("identity", str(tmp_path / "x.jsonl"), *endpoint)
+    done = command("identity", str(tmp_path / "x.jsonl"), *endpoint)
     assert (done.returncode, done.stderr) == (
         2,
         "error: 127.0.0.1:1 is no address: write it as http://HOST:PORT/v1\n",
     )
-    done = nanochat("identity", str(tmp_path / "x.jsonl"), *endpoint, "--persona", "nowhere.txt")
+    done = command("identity", str(tmp_path / "x.jsonl"), *endpoint, "--persona", "nowhere.txt")
     assert done.returncode == 2 and "there is no file nowhere.txt" in done.stderr
     assert not (tmp_path / "x.jsonl").exists()

@@ -11,7 +11,7 @@ from toys import Toy
 
 from flows import examine
 from nanochat_core.runner import plan as plans
-from nanochat_core.runner.doctor import Line, Unfit
+from nanochat_core.runner.doctor import Line, RequirementsNotMet
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -34,9 +34,9 @@ def test_the_machine_is_examined_before_any_stage_and_not_when_nothing_is_left_t
         return [Line("swap", "warn", "16.0 GiB", "sudo swapoff -a")]
 
     monkeypatch.setattr(examine, "preflight", preflight)
-    state = run(toy, "runtime.preflight=true")
-    assert state.is_completed() and seen == ["run"]
+    assert run(toy, "runtime.preflight=true", until="pretrain").is_completed() and seen == ["run"]
     assert "swapoff" in str(artifact("doctor").data)
+    toy.make(toy.plan())
     assert run(toy, "runtime.preflight=true").is_completed() and seen == ["run"]
     report = str(artifact("report").data)
     assert "# report" in report and "report.html" in report
@@ -46,7 +46,9 @@ def test_a_machine_that_is_not_fit_fails_the_run_with_the_reason_and_no_stage_be
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def preflight(*_: Any) -> list[Line]:
-        raise Unfit("this machine cannot carry toy: disk: 1 GB free, 60 GB still needed (nanochat gc)")
+        raise RequirementsNotMet(
+            "this machine cannot carry toy: disk: 1 GB free, 60 GB still needed (nanochat gc)"
+        )
 
     monkeypatch.setattr(examine, "preflight", preflight)
     state = run(toy, "runtime.preflight=true")

@@ -356,10 +356,10 @@ def test_a_workers_name_is_one_that_prefect_takes(toy: Toy) -> None:
 def test_every_profile_has_its_deployment() -> None:
     import yaml
 
-    from flows.services import DEPLOYMENTS
+    from nanochat_core.machine.installed import deployment
     from nanochat_core.runner.plan import profile_names
 
-    deployments = yaml.safe_load(Path(DEPLOYMENTS).read_text())["deployments"]
+    deployments = yaml.safe_load(deployment("prefect.yaml").read_text())["deployments"]
     ours = [d for d in deployments if d["entrypoint"] == "flows.speedrun.speedrun"]
     assert [d["parameters"]["profile"] for d in ours] == [d["name"] for d in ours]
     assert {d["name"] for d in ours} == set(profile_names())

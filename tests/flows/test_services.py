@@ -117,7 +117,7 @@ def test_a_run_survives_a_power_cut_and_a_restart_of_the_services_with_nobody_in
     machine: Machine,
 ) -> None:
     machine.up()
-    run = machine.start(SLOW_ENOUGH)
+    run = machine.start(SLOW_ENOUGH, until="base_loss")
     until(lambda: machine.step() >= 50, 120)
     cut = machine.processes()
     assert len(cut) >= 6  # supervisor, server, worker, reconciler, flow, stage

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from toys import PROFILE, Command
+from toys import PROFILE, Command, Toy
 
 P = str(PROFILE)
 
@@ -23,36 +23,36 @@ def at(command: list[str], **env: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_two_profiles_side_by_side(tmp_path: Path) -> None:
+def test_two_profiles_side_by_side(command: Command, tmp_path: Path) -> None:
     words = ["plan", "dgx-spark", "--compare", "dgx-spark-seed", "--base-dir", str(tmp_path)]
-    done = at(words)
+    done = command(*words)
     assert done.returncode == 0, done.stderr
     (params,) = [line.split() for line in done.stdout.splitlines() if line.startswith("params ")]
     assert params == ["params", "897", "M", "561", "M"]
     assert "1.9 to 2.6 days" in done.stdout and "9.1 to 10.1 days" in done.stdout
-    document = json.loads(at([*words, "--json"]).stdout)
+    document = json.loads(command(*words, "--json").stdout)
     assert document["dgx-spark-seed"]["params"] == 560_988_160 and list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
+def test_a_gpu_is_asked_for_where_there_is_none(command: Command, tmp_path: Path) -> None:
     if Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has a GPU")
-    done = at(["plan", "dgx-spark", "--calibrate", "--base-dir", str(tmp_path)])
+    done = command("plan", "dgx-spark", "--calibrate", "--base-dir", str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith("error: profile dgx-spark is for a GPU")
     assert "Traceback" not in done.stderr
 
 
-def test_two_runs_side_by_side_tell_what_differed_and_what_came_of_it(nanochat: Command) -> None:
-    nanochat("stage", "report", P)
-    first = json.loads(nanochat("status", "--json").stdout)["stages"]["report"]["directory"]
-    nanochat("stage", "report", P, "--set", "sft.steps=9")
-    done = nanochat("compare", first, P)
+def test_two_runs_side_by_side_tell_what_differed_and_what_came_of_it(here: Command, toy: Toy) -> None:
+    toy.make(toy.plan())
+    first = json.loads(here("status", "--json").stdout)["stages"]["report"]["directory"]
+    toy.make(toy.plan("sft.steps=9"))
+    done = here("compare", first, P)
     assert done.returncode == 0, done.stderr
     assert "recipe  sft.steps" in done.stdout and "result  sft/chatcore" in done.stdout
-    document = json.loads(nanochat("compare", first, P, "--json").stdout)
+    document = json.loads(here("compare", first, P, "--json").stdout)
     assert document["recipe"] == {"sft.steps": [5, 9]}
     assert document["metrics"]["sft/chatcore"] == [0.5, 0.5]
-    wrong = nanochat("compare", P, "nowhere")
+    wrong = here("compare", P, "nowhere")
     assert wrong.returncode == 2 and "there is no finished run of nowhere" in wrong.stderr
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -30,6 +31,21 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 ROWS = ["shards", "pretrain", "base_loss", "mid", "sft", "sft_eval", "report"]
 
 
+OWN = """
+from nanochat_core.artifacts.stage import Recipe
+
+ROW = {"reads": {"model": "sft"}}
+
+
+class Config(Recipe):
+    pass
+
+
+def run(cfg, job):
+    return {"shine": 1}
+"""
+
+
 def run(toy: Toy, *overrides: str, **options: Any) -> State[Any]:
     state: State[Any] = speedrun(
         profile=str(PROFILE), overrides=overrides, base_dir=str(toy.base_dir), return_state=True, **options
@@ -43,21 +59,21 @@ def flow_run_of(state: State[Any]) -> FlowRun:
         return client.read_flow_run(state.state_details.flow_run_id)
 
 
-def task_runs(state: State[Any]) -> list[TaskRun]:
+def task_runs(state: State[Any], wanted: int = len(ROWS)) -> list[TaskRun]:
     """The flow run's task runs in order, once the server has heard of all of them."""
     found: list[TaskRun] = []
     only = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_of(state).id]))
     for _ in range(100):
         with get_client(sync_client=True) as client:
             found = client.read_task_runs(flow_run_filter=only)
-        if len(found) == len(ROWS) and all(task.state and task.state.is_final() for task in found):
+        if len(found) == wanted and all(task.state and task.state.is_final() for task in found):
             break
         time.sleep(0.1)
     return sorted(found, key=lambda task: task.expected_start_time or task.created or 0)
 
 
-def names(state: State[Any]) -> dict[str, str]:
-    return {task.name: task.state.name if task.state else "" for task in task_runs(state)}
+def names(state: State[Any], wanted: int = len(ROWS)) -> dict[str, str]:
+    return {task.name: task.state.name if task.state else "" for task in task_runs(state, wanted)}
 
 
 def artifacts(key: str) -> list[Artifact]:
@@ -90,10 +106,11 @@ def test_a_task_run_for_each_row_with_the_tables_edges(toy: Toy) -> None:
 
 
 def test_a_second_run_is_cached_whole_and_a_deleted_artefact_runs_alone(toy: Toy) -> None:
+    made = toy.plan()
+    toy.make(made)
     run(toy)
     again = run(toy)
     assert again.is_completed() and set(names(again).values()) == {"Cached"}
-    made = toy.plan()
     shutil.rmtree(made.jobs["mid"].path)
     third = run(toy)
     assert {row for row, name in names(third).items() if name != "Cached"} == {"mid"}
@@ -109,29 +126,42 @@ def test_an_artefact_that_prefect_forgot_is_adopted(toy: Toy) -> None:
 
 
 def test_a_changed_recipe_runs_what_follows_only(toy: Toy) -> None:
-    run(toy)
+    toy.make(toy.plan())
     state = run(toy, "sft.steps=3")
     assert {row for row, name in names(state).items() if name == "Completed"} == {"sft", "sft_eval", "report"}
 
 
+def test_a_stage_of_ones_own_has_a_task_run_of_its_name(toy: Toy, tmp_path: Path) -> None:
+    toy.make(toy.plan(until="sft"))
+    (tmp_path / "my_stage.py").write_text(OWN)
+    state = run(toy, f'profile.stages=["{tmp_path}/my_stage.py:polish"]', until="polish", rerun=["polish"])
+    assert state.result()["polish"] == {"shine": 1}
+    assert names(state, wanted=6)["polish"] == "Completed"
+
+
+def test_the_parameters_let_any_stage_be_named() -> None:
+    from prefect.utilities.callables import parameter_schema
+
+    schema = parameter_schema(speedrun.fn).model_dump()["properties"]
+    assert "enum" not in json.dumps([schema["until"], schema["rerun"]])
+
+
 def test_the_rerun_parameter_makes_a_stage_again(toy: Toy) -> None:
-    run(toy)
-    state = run(toy, rerun=["mid"])
-    assert {row for row, name in names(state).items() if name == "Completed"} == {
-        "mid",
-        "sft",
-        "sft_eval",
-        "report",
-    }
+    toy.make(toy.plan())
+    state = run(toy, rerun=["sft"])
+    rerun = {row for row, name in names(state).items() if name == "Completed"}
+    assert rerun == {"sft", "sft_eval", "report"}
     assert len(toy.starts(toy.plan(), "pretrain")) == 1
 
 
 def test_until_ends_there(toy: Toy) -> None:
+    toy.make(toy.plan(), "shards")
     state = run(toy, until="pretrain")
     assert set(state.result()) == {"shards", "pretrain"}
 
 
 def test_a_stage_that_fails_fails_the_run_and_keeps_what_was_done(toy: Toy) -> None:
+    toy.make(toy.plan(), "shards")
     state = run(toy, "mid.fail_at=2")
     assert state.is_failed() and "the loss is not finite at step 2" in (state.message or "")
     with pytest.raises(StageFailed):
@@ -143,6 +173,7 @@ def test_a_workers_run_that_fails_says_in_a_sentence_what_and_how_to_go_on(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "one")  # where a worker starts it
+    toy.make(toy.plan(until="base_loss"))
     failed = run(toy, "mid.fail_at=2")
     again = f"prefect flow-run retry {flow_run_of(failed).id}"
     command = f"nanochat run {PROFILE} --base-dir {toy.base_dir} --set mid.fail_at=2"
@@ -168,15 +199,17 @@ def test_dear_work_is_not_left_unused_unless_accepted(toy: Toy) -> None:
     record = made.jobs["pretrain"].path / "result.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"seconds": 9000.0}))
     state = run(toy, "pretrain.depth=3")
-    with pytest.raises(
-        CostRefused, match=r"pretrain runs again \(pretrain.depth: 2 -> 3\), 2:30 h go unused"
-    ):
+    with pytest.raises(CostRefused, match=r"pretrain runs again: pretrain.depth: 2 -> 3; 2:30 h of work"):
         state.result()
-    assert run(toy, "pretrain.depth=3", accept_cost=True).is_completed()
+    assert run(toy, "pretrain.depth=3", accept_cost=True, until="pretrain").is_completed()
 
 
 def test_the_ui_is_told_how_far_a_stage_is(toy: Toy) -> None:
-    run(toy, "base_loss.questions=11")
+    made = toy.plan(until="sft")
+    toy.make(made)
+    for name in ("pretrain", "sft"):
+        shutil.rmtree(made.jobs[name].path)
+    run(toy, until="sft")
     bar = artifacts("pretrain-progress")[0]
     assert bar.data == 100.0 and "6/6" in (bar.description or "") and "loss" in (bar.description or "")
     curve = artifacts("sft-curve")[0]
@@ -195,13 +228,16 @@ def test_a_server_in_trouble_does_not_disturb_the_training(toy: Toy, monkeypatch
     ):
         monkeypatch.setattr(watch, name, broken)
     monkeypatch.setattr(watch, "CANCEL_SECONDS", 0.05)
-    assert run(toy, "pretrain.pause=0.05").is_completed()
+    toy.make(toy.plan(), "shards")
+    assert run(toy, "pretrain.pause=0.05", until="pretrain").is_completed()
 
 
 def test_a_cancelled_run_stops_with_a_checkpoint(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "CANCEL_SECONDS", 0.2)
     slow = ("pretrain.steps=1000", "pretrain.pause=0.02")
-    job = toy.plan(*slow).jobs["pretrain"]
+    made = toy.plan(*slow)
+    toy.make(made, "shards")
+    job = made.jobs["pretrain"]
 
     def cancel() -> None:
         while plans.saved_step(job.path) is None:
@@ -215,7 +251,7 @@ def test_a_cancelled_run_stops_with_a_checkpoint(toy: Toy, monkeypatch: pytest.M
     state = run(toy, *slow)
     thread.join()
     assert state.is_cancelled() and "saved a checkpoint" in (state.message or "")
-    assert plans.explain(toy.plan(*slow))["pretrain"].state == "resume"
+    assert plans.explain(made)["pretrain"].state == "resume"
 
 
 def test_damage_done_while_a_run_is_on_its_way_is_repaired_by_it(toy: Toy) -> None:

@@ -20,6 +20,7 @@ from toys import PROFILE, Command, Toy
 from flows import server, services
 from flows.server import Supervisor
 from nanochat_core.artifacts import orphans, store
+from nanochat_core.machine.installed import deployment
 from nanochat_core.runner import plan
 from nanochat_core.runner.status import at_work
 
@@ -29,6 +30,7 @@ def end(*_):
     time.sleep(0.5)
     sys.exit()
 signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
 time.sleep(60)
 """
 STAGE = """
@@ -131,9 +133,11 @@ def note(base: Path, url: str, port: int, pid: int = 0, start: int = 0) -> None:
 
 
 def toy_service(base: Path, name: str) -> "subprocess.Popen[bytes]":
-    return services.service(
-        name, [sys.executable, "-c", SLOW_TO_END], services.folder(base), dict(os.environ)
-    )
+    where = services.folder(base)
+    process = services.service(name, [sys.executable, "-c", SLOW_TO_END], where, dict(os.environ))
+    while "ready" not in (where / f"{name}.log").read_text():  # a signal before that would just end it
+        time.sleep(0.01)
+    return process
 
 
 # Whose server an address is.
@@ -203,7 +207,7 @@ def test_deployments_of_our_own_server_name_the_base_directory(base: Path) -> No
     flows = yaml.safe_load(path.read_text())["deployments"]
     given = [one["parameters"]["base_dir"] for one in flows if one["entrypoint"].endswith("speedrun")]
     assert len(given) > 5 and set(given) == {str(base)}
-    assert services.deployments(None) == services.DEPLOYMENTS
+    assert services.deployments(None) == deployment("prefect.yaml")
 
 
 def test_up_does_not_join_the_server_of_another_base_directory(

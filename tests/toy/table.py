@@ -1,18 +1,19 @@
-"""The real pipeline's names, as small as can be: plans, launches, flows and commands are tested with it.
+"""A table with the real names, as small as can be: plans, launches, flows and commands are tested with it.
 
 Each stage takes milliseconds, can be slowed down and made to fail; it trains by arithmetic that a kill must
 not disturb.
 """
 
 import hashlib
+import json
 import signal
 import time
-from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+from nanochat_core.artifacts.planned import Planned
 from nanochat_core.artifacts.stage import Interrupted, Job, Metrics, Recipe, Stage
-from nanochat_core.artifacts.store import write_whole
+from nanochat_core.artifacts.store import entry, write_whole
 
 
 class Text(Recipe):
@@ -26,7 +27,7 @@ class Training(Recipe):
     fail_at: int | None = None
     lr: float = 0.02
 
-    def facts(self, configs: Any) -> dict[str, float]:
+    def facts(self, stage: Planned) -> dict[str, float]:
         if self.depth > 99:
             raise ValueError(f"pretrain.depth {self.depth} does not fit; set it to at most 99")
         return {
@@ -41,7 +42,7 @@ class Measuring(Recipe):
     questions: int = 10
 
 
-def write_text(cfg: Text, job: Job) -> Metrics:
+def write_text(cfg: Text, job: Job[Text]) -> Metrics:
     shared = job.runtime.base_dir / "downloads" / "words.txt"
     shared.parent.mkdir(parents=True, exist_ok=True)
     write_whole(shared, "\n".join(f"word{i}" for i in range(cfg.words)))
@@ -50,7 +51,7 @@ def write_text(cfg: Text, job: Job) -> Metrics:
     return {"documents": cfg.words}
 
 
-def train(cfg: Training, job: Job) -> Metrics:
+def train(cfg: Training, job: Job[Training]) -> Metrics:
     """A state that is the hash of its past, saved at each step, as a real training stage does."""
     stopping = False
 
@@ -78,6 +79,7 @@ def train(cfg: Training, job: Job) -> Metrics:
         folder = job.path / "checkpoints" / "half"
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "state", state)
+        write_whole(folder / "manifest.json", json.dumps({"files": {"state": entry(folder / "state")}}))
         folder.rename(folder.with_name(f"step_{step:08d}"))
         rates: dict[str, float] = {"lr": 0.02 * (1 - step / cfg.steps), "tokens_per_s": 1000.0 + step}
         job.record(step=step, steps=cfg.steps, loss=5 - 3 * step / cfg.steps, **rates)
@@ -85,17 +87,17 @@ def train(cfg: Training, job: Job) -> Metrics:
     return {"val_bpb_start": 3.2, "val_bpb": 1.5, "params": 100 * cfg.depth, "tokens_per_s": 1010.0}
 
 
-def measure(cfg: Measuring, job: Job) -> Metrics:
+def measure(cfg: Measuring, job: Job[Measuring]) -> Metrics:
     model = (job.inputs["model"] / "model.safetensors").read_text()
     write_whole(job.path / "answers.txt", model[:8] * cfg.questions)
     return {"chatcore": 0.5, "spelling": 0.75, "arithmetic": 0.25}
 
 
-def losses(cfg: Measuring, job: Job) -> Metrics:
+def losses(cfg: Measuring, job: Job[Measuring]) -> Metrics:
     return {"train_bpb": 1.4, "val_bpb": 1.5}
 
 
-def tell(cfg: Measuring, job: Job) -> Metrics:
+def tell(cfg: Measuring, job: Job[Measuring]) -> Metrics:
     write_whole(job.path / "report.md", "# report\n" + "\n".join(f"- {name}" for name in job.inputs))
     return {"sft/chatcore": 0.5}
 
@@ -106,12 +108,26 @@ def row(name: str, config: type[Recipe], run: Any, reads: dict[str, str], **more
 
 STAGES = (
     row("shards", Text, write_text, {}),
-    row("pretrain", Training, train, {"text": "shards"}, device=True),
-    row("base_loss", Measuring, losses, {"model": "pretrain", "text": "shards"}),
-    row("mid", Training, train, {"model": "pretrain"}, device=True),
-    row("sft", Training, train, {"model": "mid"}, device=True),
-    row("sft_eval", Measuring, measure, {"model": "sft"}),
-    row("report", Measuring, tell, {}, gathers=("shards", "pretrain", "base_loss", "mid", "sft", "sft_eval")),
+    row(
+        "pretrain",
+        Training,
+        train,
+        {"text": "shards"},
+        device=True,
+        trains="base",
+        shows=("params", "val_bpb_start", "val_bpb"),
+    ),
+    row(
+        "base_loss",
+        Measuring,
+        losses,
+        {"model": "pretrain", "text": "shards"},
+        measures="base",
+        shows=("val_bpb",),
+    ),
+    row("mid", Training, train, {"model": "pretrain"}, device=True, trains="mid"),
+    row("sft", Training, train, {"model": "mid"}, device=True, trains="sft"),
+    row("sft_eval", Measuring, measure, {"model": "sft"}, measures="sft"),
+    row("draft_eval", Measuring, measure, {"model": "mid"}, measures="mid", optional=True),
+    row("report", Measuring, tell, {}, gathers="all", reports=True),
 )
-BY_NAME = {stage.name: stage for stage in STAGES}
-PROFILE = Path(__file__).with_name("toy.toml")

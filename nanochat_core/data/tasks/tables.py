@@ -83,7 +83,7 @@ SOURCES: dict[str, Source] = {
 }
 
 
-class Table:
+class ArrowTable:
     """Rows of an Arrow file in a fixed shuffled order, or a part of that order."""
 
     def __init__(self, path: Path, part: slice = slice(None)) -> None:
@@ -104,7 +104,7 @@ class Table:
 
 
 @functools.cache
-def table(name: str, split: Split, assets: Path | None) -> Table:
+def table(name: str, split: Split, assets: Path | None) -> ArrowTable:
     """A data set that the assets stage has brought. Where it has no validation split, the end of the shuffled
     train split is that, and train is what comes before."""
     if not SOURCES[name].has(split):
@@ -119,12 +119,12 @@ def table(name: str, split: Split, assets: Path | None) -> Table:
             f"assets.task_folder = a folder that holds {name}/{file}.parquet or .jsonl"
         )
     if own or split == "test":
-        return Table(path)
-    rows = len(Table(path))
+        return ArrowTable(path)
+    rows = len(ArrowTable(path))
     if rows < 2:
         raise ValueError(f"{name} (train) has one row: two are needed, for one is kept for validation")
     first = rows - min(MOST_HELD_OUT, max(1, rows // HELD_OUT))
-    return Table(path, slice(first, None) if split == "validation" else slice(first))
+    return ArrowTable(path, slice(first, None) if split == "validation" else slice(first))
 
 
 def given(folder: Path, name: str, split: Split) -> bool:

@@ -16,7 +16,7 @@ import torch
 import uvicorn
 from safetensors.torch import save_file
 
-from nanochat_core.chat.gate import Limits
+from nanochat_core.chat.gate import RequestLimits
 from nanochat_core.chat.web import about, create_app
 from nanochat_core.infer.engine import Engine
 from nanochat_core.model.gpt import GPT, write_config
@@ -108,7 +108,7 @@ def running(model, tokenizer) -> Iterator[Callable[..., httpx.Client]]:
             **limits: float,
         ) -> httpx.Client:
             engine = Engine(of or model, tokenizer, max_rows=rows, context=context)
-            app = create_app(engine, "tiny", token=token, limits=Limits(**limits), facts=about(model))
+            app = create_app(engine, "tiny", token=token, limits=RequestLimits(**limits), facts=about(model))
             listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
             server = uvicorn.Server(config)

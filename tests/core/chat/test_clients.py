@@ -2,17 +2,22 @@
 
 import asyncio
 import re
+from typing import TYPE_CHECKING
 
 import httpx
-import openai
 import pytest
 from test_web import metric, until
+
+if TYPE_CHECKING:
+    import openai
 
 ASK = [{"role": "user", "content": "what?"}]
 LONG = {"prompt": "Q", "temperature": 0, "max_tokens": 1200}
 
 
-def openai_client(http: httpx.Client, key: str = "secret") -> openai.OpenAI:
+def openai_client(http: httpx.Client, key: str = "secret") -> "openai.OpenAI":
+    import openai
+
     return openai.OpenAI(base_url=f"{http.base_url}/v1", api_key=key, max_retries=0, timeout=20)
 
 
@@ -45,6 +50,8 @@ def test_the_openai_client_streams(running) -> None:
 
 
 def test_the_openai_client_is_told_why_it_gets_no_answer(running) -> None:
+    import openai
+
     http = running(token="secret", places=0, rows=1)
     with openai_client(http, "wrong") as stranger, pytest.raises(openai.AuthenticationError) as refused:
         stranger.models.list()
@@ -62,6 +69,8 @@ def test_the_openai_client_is_told_why_it_gets_no_answer(running) -> None:
 
 
 def test_a_hundred_at_once_get_each_their_own_answer(running) -> None:
+    import openai
+
     http = running(rows=8, places=100)
 
     async def all_of_them() -> list[str]:
@@ -84,6 +93,8 @@ def test_a_hundred_at_once_get_each_their_own_answer(running) -> None:
 
 
 def test_a_client_that_hangs_up_in_mid_stream_frees_its_row(running, slow) -> None:
+    import openai
+
     http = running(rows=1, places=0)
     with openai_client(http) as client:
         stream = client.completions.create(model="tiny", stream=True, **LONG)

@@ -2,12 +2,8 @@
 
 import httpx
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schemathesis import GenerationMode
-from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
 OPERATIONS = ["GET /health", "GET /metrics", "GET /v1/models", "GET /v1/models/{model}",
               "POST /v1/chat/completions", "POST /v1/completions"]  # fmt: skip
@@ -26,6 +22,11 @@ def test_the_description_names_every_way_in(running) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_nothing_that_can_be_asked_breaks_the_server(running, operation: str) -> None:
+    import schemathesis
+    from schemathesis import GenerationMode
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
+
     client: httpx.Client = running(token="secret", seconds=5)
     method, path = operation.split()
     described = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")

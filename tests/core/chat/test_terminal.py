@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nanochat_core.chat.conversation import Piece, Reader, fit, parts
+from nanochat_core.chat.conversation import AnswerDelta, Detokenizer, fit, parts
 from nanochat_core.chat.terminal import run_terminal
 from nanochat_core.infer.engine import Engine
 from nanochat_core.infer.load import Loaded
@@ -128,11 +128,11 @@ def test_a_long_conversation_slides_by_whole_exchanges(tokenizer) -> None:
 
 
 def test_text_comes_at_whole_characters_only(tokenizer) -> None:
-    reader = Reader(tokenizer)
+    reader = Detokenizer(tokenizer)
     text = "é日🙂x"
     pieces = [reader.read(token) for token in tokenizer.encode(text)]
     assert "".join(piece.text for some in pieces for piece in some) == text
     assert all("\ufffd" not in piece.text for some in pieces for piece in some)
     reader.read(tokenizer.encode("🙂")[0])
-    assert reader.end() == [Piece("text", "\ufffd")]
+    assert reader.end() == [AnswerDelta("text", "\ufffd")]
     assert parts([]) == [{"type": "text", "text": ""}]

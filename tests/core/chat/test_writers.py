@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from nanochat_core.chat import writers
-from nanochat_core.chat.conversation import Piece
+from nanochat_core.chat.conversation import AnswerDelta
 from nanochat_core.chat.writers import Plain, Typeset, writer
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -55,7 +55,7 @@ def left_standing(output: str) -> list[str]:
     return "\n".join(line.rstrip() for line in lines).rstrip().split("\n")
 
 
-def shown(pieces: list[Piece], height: int = 30) -> list[str]:
+def shown(pieces: list[AnswerDelta], height: int = 30) -> list[str]:
     console = screen(height)
     page = Typeset(console)
     for piece in pieces:
@@ -64,8 +64,8 @@ def shown(pieces: list[Piece], height: int = 30) -> list[str]:
     return left_standing(console.file.getvalue())
 
 
-def by_character(text: str) -> list[Piece]:
-    return [Piece("text", character) for character in text]
+def by_character(text: str) -> list[AnswerDelta]:
+    return [AnswerDelta("text", character) for character in text]
 
 
 def test_markdown_is_typeset_as_it_comes_and_stands_once_in_the_end() -> None:
@@ -82,23 +82,28 @@ def test_markdown_is_typeset_as_it_comes_and_stands_once_in_the_end() -> None:
 
 
 def test_the_way_it_was_cut_into_pieces_changes_nothing() -> None:
-    assert shown(by_character(ANSWER)) == shown([Piece("text", ANSWER)])
+    assert shown(by_character(ANSWER)) == shown([AnswerDelta("text", ANSWER)])
 
 
 def test_a_block_that_is_higher_than_the_screen_is_there_in_full_in_the_end() -> None:
     code = "```\n" + "\n".join(f"line {i}" for i in range(50)) + "\n```"
-    pieces = [Piece("text", code[i : i + 9]) for i in range(0, len(code), 9)]
+    pieces = [AnswerDelta("text", code[i : i + 9]) for i in range(0, len(code), 9)]
     lines = [line.strip() for line in shown(pieces, height=8)]
     assert [line for line in lines if line] == [f"line {i}" for i in range(50)]
 
 
 def test_a_call_stands_in_the_sentence() -> None:
-    pieces = [Piece("text", "It is "), Piece("python", "12*"), Piece("python", "3")]
-    pieces += [Piece("python_output", "36"), Piece("text", " so.")]
+    pieces = [AnswerDelta("text", "It is "), AnswerDelta("python", "12*"), AnswerDelta("python", "3")]
+    pieces += [AnswerDelta("python_output", "36"), AnswerDelta("text", " so.")]
     assert "It is calculator 12*3 = 36 so." in shown(pieces)
     out = Console(file=io.StringIO())
     plain = Plain(out)
-    for piece in [*pieces, Piece("python", "1`+1"), Piece("python_output", "2"), Piece("python", "2")]:
+    for piece in [
+        *pieces,
+        AnswerDelta("python", "1`+1"),
+        AnswerDelta("python_output", "2"),
+        AnswerDelta("python", "2"),
+    ]:
         plain.write(piece)
     plain.end()
     assert out.file.getvalue() == "It is [calculator 12*3 = 36] so.[calculator 1`+1 = 2] [calculator 2]\n"
@@ -107,7 +112,7 @@ def test_a_call_stands_in_the_sentence() -> None:
 def test_a_screen_cannot_be_steered_by_an_answer() -> None:
     console = screen()
     page = Typeset(console)
-    page.write(Piece("text", "a\x1b]0;title\x07\x1b[2J\x9b31m [link](file:///etc/passwd)"))
+    page.write(AnswerDelta("text", "a\x1b]0;title\x07\x1b[2J\x9b31m [link](file:///etc/passwd)"))
     page.end(" [stopped]")
     output = console.file.getvalue()
     assert "\x1b]" not in output and "\x1b[2J" not in output and "\x9b" not in output

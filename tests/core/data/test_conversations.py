@@ -110,6 +110,23 @@ def test_a_cursor_continues_exactly(at: int, size: int, tokenizer: Tokenizer) ->
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize("batches", [0, 2])
+def test_another_number_of_ranks_reads_each_conversation_once(
+    before: int, after: int, batches: int, tokenizer: Tokenizer
+) -> None:
+    def taken(n: int, **options: Any) -> tuple[list[int], dict[str, Any]]:
+        found = [batch for batch, _ in zip(stream(tokenizer, epochs=1, **options), range(n), strict=False)]
+        learned = [int(t) for batch in found for t in batch.targets.flatten() if t >= 0]
+        return learned, found[-1].cursor() if found else {}
+
+    whole, _ = taken(100)
+    first = [taken(batches, rank=r, size=before) for r in range(before)]
+    cursor = json.loads(json.dumps({"ranks": [place for _, place in first]}))
+    rest = [taken(100, rank=r, size=after, cursor=cursor) for r in range(after)]
+    assert sorted(t for learned, _ in first + rest for t in learned) == sorted(whole)
+
+
 def test_advantages_weigh_the_tokens_the_model_chose(tokenizer: Tokenizer) -> None:
     end = tokenizer.special("<|assistant_end|>")
     answers = Answers(

@@ -1,6 +1,7 @@
 """Packing: nothing lost, every row begun by <|bos|>, and a cursor that continues exactly."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -136,6 +137,26 @@ def test_a_cursor_continues_exactly(at: int, size: int, shards: list[Shard], tok
     for a, b in zip(straight[at:], resumed, strict=True):
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
         assert a.cursor() == b.cursor()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize("batches", [0, 3])
+def test_another_number_of_ranks_goes_on_without_losing_or_repeating_a_token(
+    before: int, after: int, batches: int, shards: list[Shard], tokenizer: Tokenizer
+) -> None:
+    def learned(found: list[Batch]) -> Counter[int]:
+        return Counter(t for batch in found for t in batch.targets.flatten().tolist() if t >= 0)
+
+    whole = learned(take(shards, tokenizer, 10_000, epochs=1))
+    first = [take(shards, tokenizer, batches, epochs=1, rank=r, size=before) for r in range(before)]
+    cursors = [json.loads(json.dumps(found[-1].cursor() if found else {})) for found in first]
+    rest = [
+        take(shards, tokenizer, 10_000, epochs=1, rank=r, size=after, cursor={"ranks": cursors})
+        for r in range(after)
+    ]
+    parts = sum((learned(found) for found in first + rest), Counter[int]())
+    del whole[tokenizer.bos], parts[tokenizer.bos]  # how often a document is cut differs
+    assert parts == whole
 
 
 def test_ranks_share_the_documents_out(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from nanochat_core.sources import repackage as module
 from nanochat_core.sources.documents import Shards, row_group, shard_list
-from nanochat_core.sources.repackage import Step, Wanted, finished, repackage
+from nanochat_core.sources.repackage import RepackageProgress, Wanted, finished, repackage
 from nanochat_core.sources.shard_sets import local
 
 DOCUMENTS = [f"document {i} " + "wörd " * (i * 7919 % 90) for i in range(900)]
@@ -112,12 +112,12 @@ class Killed(BaseException):
 @pytest.mark.parametrize("at", [1, 4, 5, 8, 11])
 def test_work_that_was_ended_goes_on_to_the_same_bytes(tmp_path: Path, at: int) -> None:
     wanted = Wanted(source(tmp_path / "mine"), shard_chars=50_000)
-    steps: list[Step] = []
+    steps: list[RepackageProgress] = []
     repackage(wanted, tmp_path / "straight", steps.append)
     assert len(steps) == 11  # 5 runs, 6 shards
-    seen: list[Step] = []
+    seen: list[RepackageProgress] = []
 
-    def end(step: Step) -> None:
+    def end(step: RepackageProgress) -> None:
         seen.append(step)
         if len(seen) == at:
             raise Killed
@@ -126,11 +126,11 @@ def test_work_that_was_ended_goes_on_to_the_same_bytes(tmp_path: Path, at: int) 
         repackage(wanted, tmp_path / "out", end)
     with pytest.raises(ValueError, match="is not complete"):
         local(tmp_path / "out", tmp_path)
-    again: list[Step] = []
+    again: list[RepackageProgress] = []
     repackage(wanted, tmp_path / "out", again.append)
     assert files(tmp_path / "out") == files(tmp_path / "straight")
     assert seen + again == steps  # nothing was done twice
-    done: list[Step] = []
+    done: list[RepackageProgress] = []
     repackage(wanted, tmp_path / "out", done.append)
     assert done == []
 
@@ -139,7 +139,7 @@ def test_other_text_or_another_seed_never_mixes_with_what_is_there(tmp_path: Pat
     mine = tmp_path / "mine"
     wanted = Wanted(source(mine), shard_chars=50_000)
 
-    def end(step: Step) -> None:
+    def end(step: RepackageProgress) -> None:
         raise Killed
 
     with pytest.raises(Killed):
@@ -182,7 +182,7 @@ def test_a_data_set_is_read_with_the_hubs_own_library_and_resumed_in_the_middle(
     straight = repackage(wanted, tmp_path / "straight")
     assert sorted(documents_of(straight)) == sorted(DOCUMENTS)
 
-    def end(step: Step) -> None:
+    def end(step: RepackageProgress) -> None:
         if step.documents > 400:
             raise Killed
 
@@ -227,7 +227,11 @@ def broken(folder: Path, name: str, content: Any) -> None:
         ("b.jsonl", b'{"text": "x"}\n{"text": \n', r"b\.jsonl, line 2: not JSON"),
         ("b.jsonl", '{"text": "é"}\n'.encode() + b'{"text": "caf\xe9"}', r"b\.jsonl, line 2, is not UTF-8"),
         ("b.txt", "é\né\n".encode() + b"caf\xe9", r"b\.txt, line 3, is not UTF-8"),
-        ("b.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 500)[:-20], r"b\.jsonl\.gz cannot be read"),
+        (
+            "b.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 500, mtime=0)[:-20],
+            r"b\.jsonl\.gz cannot be read",
+        ),
         ("b.jsonl.gz", b'{"text": "x"}\n', r"b\.jsonl\.gz cannot be read"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 from nanochat_core.data.tasks.identity import read
 from nanochat_core.sources import synthesis
 from nanochat_core.sources.persona import PERSONA, prompt
-from nanochat_core.sources.synthesis import Order, Unfit, read_answer, synthesize
+from nanochat_core.sources.synthesis import Order, UnusableAnswer, read_answer, synthesize
 
 Reply = tuple[int, Any, dict[str, str]]
 
@@ -196,7 +196,7 @@ def test_answers_of_no_use_are_told_and_asked_for_anew(writer: Writer, tmp_path:
     ],
 )
 def test_what_is_no_conversation_is_not_kept(text: str) -> None:
-    with pytest.raises(Unfit):
+    with pytest.raises(UnusableAnswer):
         read_answer(text)
 
 

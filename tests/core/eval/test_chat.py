@@ -128,7 +128,7 @@ def test_two_ranks_give_the_answers_of_one(tokenizer: Tokenizer, model: GPT, tmp
         alone = chat_tasks.evaluate_task(Engine(model, tokenizer), load_task(name, "test", size=5), **ASKED)
         for rank in (0, 1):
             found = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
-            assert [chat_tasks.Answer(**answer) for answer in found] == alone
+            assert [chat_tasks.GradedAnswer(**answer) for answer in found] == alone
 
 
 def test_the_evaluation_stages_run_and_go_on_after_a_kill(
@@ -217,8 +217,8 @@ def test_chatcore_over_six_tasks_gives_that_over_five_beside_it(
         kind: Any = "categorical" if choice else "generative"
         return Rows(name, 4, lambda i: dialogue("?", "!"), kind=kind, baseline=0.25 * choice)
 
-    def answered(engine: Any, task: Rows, **options: Any) -> list[chat_tasks.Answer]:
-        return [chat_tasks.Answer(i, [i < 4 * right[task.name]], ["!"]) for i in range(4)]
+    def answered(engine: Any, task: Rows, **options: Any) -> list[chat_tasks.GradedAnswer]:
+        return [chat_tasks.GradedAnswer(i, [i < 4 * right[task.name]], ["!"]) for i in range(4)]
 
     monkeypatch.setattr(tasks, "load_task", made)
     monkeypatch.setattr(chat_tasks, "evaluate_task", answered)

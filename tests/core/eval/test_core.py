@@ -209,7 +209,7 @@ def test_two_ranks_give_the_answers_of_one(tokenizer: Tokenizer, tmp_path: Path)
         tasks, core.answered(model, tokenizer, tasks, tmp_path / "one", WORLD, context=96), strict=True
     ):
         lines = (tmp_path / f"{one.label}.jsonl").read_text().splitlines()
-        together = [core.Outcome(**json.loads(line)) for line in lines]
+        together = [core.ExampleResult(**json.loads(line)) for line in lines]
         assert [(o.example, o.correct, o.chosen) for o in together] == [
             (o.example, o.correct, o.chosen) for o in alone
         ]

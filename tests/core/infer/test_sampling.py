@@ -97,7 +97,7 @@ def test_drawing_from_many_blocks_follows_softmax(vocab: int) -> None:
 def test_a_softcap_changes_probabilities_as_tanh_does() -> None:
     logits = torch.tensor([30.0, 20.0, 5.0, -40.0])
     uniform = uniforms(1, 20_000)
-    sampler = Sampler([Sampling(temperature=1.0)] * len(uniform), CPU, cap=15.0)
+    sampler = Sampler([Sampling(temperature=1.0)] * len(uniform), CPU, raw=True)
     tokens = sampler(logits.expand(len(uniform), -1), uniform)
     expected = (15 * torch.tanh(logits / 15)).softmax(0)
     torch.testing.assert_close(torch.bincount(tokens, minlength=4) / 20_000, expected, atol=0.015, rtol=0)

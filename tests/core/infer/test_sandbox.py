@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_core.infer import sandbox, seccomp
-from nanochat_core.infer.sandbox import NoSandbox, Outcome, Pool, run_program
+from nanochat_core.infer.sandbox import NoSandbox, Pool, ProgramResult, run_program
 
 
 def isolation() -> str:
@@ -31,10 +31,10 @@ def test_a_good_program_runs_to_its_end() -> None:
     program = (
         "import math, re, collections, itertools, random, heapq, typing, hashlib\nprint(math.comb(5, 2))"
     )
-    assert run(program) == Outcome(None, "10\n")
+    assert run(program) == ProgramResult(None, "10\n")
     assert run("x = [0] * 10_000_000; s = set(range(1_000_000)); print(len(s))").error is None
     assert run("class A:\n    def f(self): return __name__\nassert A().f() == '__main__'").error is None
-    assert run("print('日本 \\ud83d'[:2])") == Outcome(None, "日本\n")
+    assert run("print('日本 \\ud83d'[:2])") == ProgramResult(None, "日本\n")
 
 
 @needs_any
@@ -80,7 +80,7 @@ BACK_DOORS = {
 @needs_any
 @pytest.mark.parametrize("program", BACK_DOORS.values(), ids=list(BACK_DOORS))
 def test_the_back_doors_are_shut_too(program: str) -> None:
-    assert run(program) == Outcome(None, "-1\n")
+    assert run(program) == ProgramResult(None, "-1\n")
 
 
 @needs_any
@@ -178,7 +178,7 @@ def test_of_the_home_folder_only_python_itself_is_there() -> None:
     home, python = Path.home(), Path(sys.base_prefix).resolve()
     there = run(f"import os; print(*(os.listdir({str(home)!r}) if os.path.exists({str(home)!r}) else []))")
     expected = [python.relative_to(home).parts[0]] if python.is_relative_to(home) else []
-    assert there == Outcome(None, " ".join(expected) + "\n")
+    assert there == ProgramResult(None, " ".join(expected) + "\n")
 
 
 @needs_walls
@@ -192,7 +192,7 @@ def test_without_walls_nothing_runs_unless_it_is_allowed(monkeypatch) -> None:
     with pytest.raises(NoSandbox, match="apt install bubblewrap"):
         run_program("print(1)")
     if isolation() != "none":
-        assert run_program("print(1)", allow_weaker=True) == Outcome(None, "1\n")
+        assert run_program("print(1)", allow_weaker=True) == ProgramResult(None, "1\n")
 
 
 def test_without_bubblewrap_and_without_leave_nothing_runs(monkeypatch) -> None:
@@ -227,16 +227,16 @@ def test_an_interpreter_that_died_while_it_waited_is_passed_over() -> None:
     first.kill()
     first.process.wait()
     for i in range(sandbox.AHEAD + 2):
-        assert pool.run(f"print({i})", 5, 512) == Outcome(None, f"{i}\n")
+        assert pool.run(f"print({i})", 5, 512) == ProgramResult(None, f"{i}\n")
 
 
 @needs_any
 def test_programs_leave_nothing_to_each_other_and_may_come_from_many_threads() -> None:
-    def ask(i: int) -> Outcome:
+    def ask(i: int) -> ProgramResult:
         return run(f"import math, sys; print(hasattr(math, 'left')); math.left = {i}; print({i})")
 
     with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(ask, range(12))) == [Outcome(None, f"False\n{i}\n") for i in range(12)]
+        assert list(threads.map(ask, range(12))) == [ProgramResult(None, f"False\n{i}\n") for i in range(12)]
 
 
 @needs_any

@@ -10,7 +10,6 @@ from nanochat_core.model import attention
 from nanochat_core.model.cross_entropy import SLICE_ELEMENTS
 from nanochat_core.model.flops import flops_per_token, num_params, scaling_params
 from nanochat_core.model.gpt import GPT, GPTConfig
-from nanochat_core.model.kv_cache import KVCache
 
 ARCHS = ("seed", "modern")
 
@@ -157,24 +156,6 @@ def test_a_compiled_models_block_masks_equal_the_bands() -> None:
     assert graph.graph_break_count == 0 and len(used) == sum(w < 511 for w in config.windows())
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_ragged_cached_rows_see_what_a_full_forward_sees(arch: str) -> None:
-    model, idx = small(arch), tokens(3, 300)
-    with torch.no_grad():
-        full = model(idx)
-        cache = KVCache(model.config, 4, 320)
-        rows = cache.select(torch.tensor([2, 0, 3]))
-        lengths = torch.tensor([150, 7, 260])
-        first = model(idx[:, :260], cache=rows, last=lengths - 1)
-        for b in range(3):
-            torch.testing.assert_close(first[b, 0], full[b, lengths[b] - 1], atol=2e-4, rtol=1e-3)
-        for step in range(12):
-            at = lengths + step
-            logits = model(idx[torch.arange(3), at][:, None], cache=rows)
-            for b in range(3):
-                torch.testing.assert_close(logits[b, 0], full[b, at[b]], atol=2e-4, rtol=1e-3)
-
-
 def test_initial_weights_depend_on_the_seed_alone() -> None:
     config = GPTConfig.of_depth(2, 64, aspect=16, head_dim=16)
     torch.manual_seed(5)
@@ -204,5 +185,3 @@ def test_beyond_the_trained_length_seed_sees_the_beginning_and_modern_a_window(a
     other[0, 0] += 1
     a, b = (model.hidden(each)[0, -1] for each in (ids, other))
     assert a.equal(b) != far
-    cached = model.hidden(ids, KVCache(model.config, 1, 64))[0, -1]
-    assert torch.allclose(a, cached, atol=1e-5)

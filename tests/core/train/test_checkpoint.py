@@ -12,10 +12,11 @@ import torch
 from tinytrain import WORLD, tiny_model
 
 from nanochat_core.artifacts import store
+from nanochat_core.machine.ranks import World
 from nanochat_core.optim.schedule import Rates
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train import checkpoint
-from nanochat_core.train.checkpoint import Saver, TrainState
+from nanochat_core.train.checkpoint import Fault, Saver, TrainState
 from nanochat_core.train.setup import new_state
 
 Fresh = Callable[[], TrainState]
@@ -189,10 +190,54 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path: Path, fresh: Fresh)
     assert torch.equal(resumed(tmp_path, fresh).model.lm_head.weight, before)
 
 
+class FirstOfTwo(World):
+    """Rank 0 of 2 whose neighbour agrees with it and writes nothing by itself."""
+
+    def sum(self, *values: float) -> list[float]:
+        return list(values)
+
+
+TWO = FirstOfTwo(0, 2, WORLD.device, WORLD.dtype)
+
+
 def test_a_rank_that_is_gone_is_not_waited_for(tmp_path: Path, fresh: Fresh) -> None:
-    saver = Saver(tmp_path, dataclasses.replace(WORLD, size=2), keep=5)
+    saver = Saver(tmp_path, TWO, keep=5)
     saver.save(fresh())
     began = time.monotonic()
     saver.give_up()
     saver.wait()
     assert time.monotonic() - began < 60 and saver.found() == []
+
+
+def test_the_other_rank_touches_nothing_in_the_folder_after_its_record(
+    tmp_path: Path, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank renames the folder as soon as it sees that file."""
+    second, first = Saver(tmp_path, dataclasses.replace(TWO, rank=1), keep=5), Saver(tmp_path, TWO, keep=5)
+    replace = Path.replace
+
+    def replaced(path: Path, target: Path) -> Path:
+        done = replace(path, target)
+        if target.name == "rank_1.json":
+            first.wait()
+        return done
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    state = fresh()
+    first.save(state)
+    second.save(state)
+    second.wait()
+    assert names(tmp_path) == ["step_00000000"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["wte.weight", "wte.weight/square"])
+def test_a_state_that_is_not_finite_is_not_saved(
+    where: str, value: float, tmp_path: Path, fresh: Fresh
+) -> None:
+    state, saver = fresh(), Saver(tmp_path, WORLD, keep=2)
+    tensor = (state.model.state_dict() | state.optimizer.state_dict())[where]
+    tensor.view(-1)[7] = value
+    with pytest.raises(Fault, match=f"{where} is not finite"):
+        saver.save(state)
+    assert not (tmp_path / "checkpoints").exists()

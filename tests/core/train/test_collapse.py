@@ -23,11 +23,11 @@ from nanochat_core.stages import rl
 from nanochat_core.tokenizer.bpe import Tokenizer
 from nanochat_core.train import loop
 from nanochat_core.train.checkpoint import TrainState, save_model
-from nanochat_core.train.collapse import Best, Limits, Monitor
+from nanochat_core.train.collapse import Best, CollapseLimits, Monitor
 from nanochat_core.train.rollouts import Vitals
 
 START = Vitals(reward=0.4, entropy=0.5, length=20.0, unfinished=0.1)
-LIMITS = Limits(
+LIMITS = CollapseLimits(
     window=4,
     questions=16,
     problems=64,
@@ -39,7 +39,7 @@ LIMITS = Limits(
 )
 
 
-def verdicts(limits: Limits = LIMITS, **series: list[float]) -> list[str | None]:
+def verdicts(limits: CollapseLimits = LIMITS, **series: list[float]) -> list[str | None]:
     """What the monitor says at each step of a series, the other vitals staying as they were at the start."""
     monitor = Monitor(limits, START)
     steps = len(next(iter(series.values())))
@@ -82,7 +82,7 @@ def test_entropy_and_length_have_limits_of_their_own(series: dict[str, list[floa
     found = verdicts(**series)
     assert found[:3] == [None] * 3  # a whole window first
     assert said in str(found[3])
-    unlimited = Limits(4, 16, 64, 1.0, 0.0, 1e9, 0.0, 1.0)
+    unlimited = CollapseLimits(4, 16, 64, 1.0, 0.0, 1e9, 0.0, 1.0)
     assert not any(verdicts(unlimited, **series))
 
 
@@ -232,7 +232,7 @@ def test_a_planted_collapse_stops_and_keeps_the_best(job: Callable[..., Job]) ->
     assert kept_weights == (planted.path / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("at", [2, 5])
+@pytest.mark.parametrize("at", [5, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_stops_where_the_other_would_have(
     at: int, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from nanochat_core.optim.optimizer import Optimizer
 from nanochat_core.optim.schedule import Rates, Schedule
 from nanochat_core.sources.documents import Shard
 from nanochat_core.tokenizer.bpe import Tokenizer
+from nanochat_core.train import loop, spikes
 from nanochat_core.train.checkpoint import TrainState
 from nanochat_core.train.loop import Batches, Hook, fit, keep_rows, rows_that_fit
 from nanochat_core.train.setup import new_state
@@ -246,8 +247,140 @@ def test_two_bad_batches_in_the_same_place_stop_the_run(
     tmp_path: Path, fresh: Fresh, batches: Batches
 ) -> None:
     job = job_in(tmp_path / "job", save_steps=3)
-    with pytest.raises(ValueError, match=r"batch 5 at step 4 .* twice in the same place"):
+    with pytest.raises(ValueError, match=r"batch 5 at step 4 .* for the third time in the same place"):
         fit(job, WORLD, fresh(), poisoned(batches, 4, 5), steps=8, schedule=SCHEDULE)
+
+
+Strike = Callable[[Callable[[TrainState], None], int, bool], TrainState]
+
+
+@pytest.fixture
+def struck(monkeypatch: pytest.MonkeyPatch, fresh: Fresh) -> Strike:
+    """A beginning whose state is damaged right after an update: the first time it is made, or each time."""
+
+    def made(damage: Callable[[TrainState], None], step: int, again: bool) -> TrainState:
+        state, update = fresh(), Optimizer.update
+        left = [1]
+
+        def updated(self: Optimizer, **rates: float) -> None:
+            update(self, **rates)
+            if self is state.optimizer and self.step_count == step and (again or left):
+                left.clear()
+                damage(state)
+
+        monkeypatch.setattr(Optimizer, "update", updated)
+        return state
+
+    return made
+
+
+def one_weight(value: float) -> Callable[[TrainState], None]:
+    def damage(state: TrainState) -> None:
+        with torch.no_grad():
+            state.model.wte.weight[3, 5] = value
+
+    return damage
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_a_weight_that_is_not_a_number_is_neither_saved_nor_left_in_the_result(
+    step: int, tmp_path: Path, fresh: Fresh, batches: Batches, struck: Strike
+) -> None:
+    """Just before a checkpoint, and in the last update."""
+    whole = fresh()
+    fit(job_in(tmp_path / "whole"), WORLD, whole, batches, steps=8, schedule=SCHEDULE)
+    state = struck(one_weight(float("nan")), step, False)
+    fit(job_in(tmp_path / "job", save_steps=3), WORLD, state, batches, steps=8, schedule=SCHEDULE)
+    assert same(weights(whole), weights(state)) and state.skip == []
+
+
+@pytest.mark.parametrize(
+    ("target", "before_pass"),
+    [("wte.weight", 0), ("muon_32x32/momentum", 1), ("the gradient of wte.weight", 1)],
+)
+def test_a_bit_that_flips_in_memory_is_named_and_repaired(
+    target: str,
+    before_pass: int,
+    tmp_path: Path,
+    fresh: Fresh,
+    batches: Batches,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(loop, "CHECK_SHARE", 1e9)
+    whole, state = fresh(), fresh()
+    two_passes = {"device_batch": {"pretrain": 2}}
+    fit(job_in(tmp_path / "whole", **two_passes), WORLD, whole, batches, steps=6, schedule=SCHEDULE)
+    grad = state.model.wte.weight.grad
+    assert grad is not None
+    memory = {"the gradient of wte.weight": grad, "wte.weight": state.model.wte.weight.data}
+    tensor = (memory | state.optimizer.state_dict())[target]
+    loss, passes = state.model.loss, 0
+
+    def struck(*batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal passes
+        if passes == 8 + before_pass:
+            word = tensor.view(-1)[5:6].view(torch.int32)
+            word ^= 1
+        passes += 1
+        return loss(*batch)
+
+    monkeypatch.setattr(state.model, "loss", struck)
+    job = job_in(tmp_path / "job", save_steps=3, **two_passes)
+    fit(job, WORLD, state, batches, steps=6, schedule=SCHEDULE)
+    assert f"at step 4 {target} changed in memory; going back" in capsys.readouterr().out
+    assert same(weights(whole), weights(state)) and state.skip == []
+
+
+def test_a_spike_makes_no_update_where_that_is_asked_for(
+    tmp_path: Path, fresh: Fresh, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spikes, "LEAST", 4)
+
+    def loud(state: TrainState) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(state), start=state.drawn):
+            yield dataclasses.replace(batch, weights=batch.weights * (50 if number == 6 else 1))
+
+    skipped = {}
+    for limit in (None, 6.0):
+        job, state = job_in(tmp_path / str(limit)), fresh()
+        with pytest.raises(Interrupted):
+            fit(job, WORLD, state, loud, steps=8, schedule=SCHEDULE, skip_spikes=limit, hooks=[stop_at(5)])
+        state = fresh()
+        fit(job, WORLD, state, loud, steps=8, schedule=SCHEDULE, skip_spikes=limit)
+        skipped[limit] = [row["step"] for row in rows_of(job) if "skipped" in row]
+        assert state.optimizer.step_count == 8 - len(skipped[limit])
+    assert skipped == {None: [], 6.0: [7]}
+
+
+def test_a_checkpoint_that_only_leads_to_faults_is_given_up_for_the_one_before(
+    tmp_path: Path, fresh: Fresh, batches: Batches, struck: Strike, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damage(state: TrainState) -> None:
+        state.optimizer.state_dict()["wte.weight/square"].fill_(-1.0)  # finite, so it is saved; has no root
+
+    state = struck(damage, 6, False)
+    fit(job_in(tmp_path / "job", save_steps=3), WORLD, state, batches, steps=8, schedule=SCHEDULE)
+    assert "deleting checkpoint step_00000006" in capsys.readouterr().out
+    assert (state.step, state.skip) == (8, [7])
+    assert all(tensor.isfinite().all() for tensor in weights(state).values())
+
+
+def test_a_damage_that_comes_each_time_ends_the_run(tmp_path: Path, batches: Batches, struck: Strike) -> None:
+    state = struck(one_weight(float("inf")), 6, True)
+    with pytest.raises(ValueError, match=r"at step 6 wte.weight is not finite, for the third time"):
+        fit(job_in(tmp_path / "job", save_steps=3), WORLD, state, batches, steps=8, schedule=SCHEDULE)
+
+
+def test_a_validation_that_is_not_finite_is_a_fault(
+    tmp_path: Path, fresh: Fresh, batches: Batches, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = iter([3.0, float("nan"), 2.0, 1.0])
+    hook = Hook(3, lambda state: {"val_bpb": next(values)})
+    job, state = job_in(tmp_path / "job"), fresh()
+    fit(job, WORLD, state, batches, steps=6, schedule=SCHEDULE, hooks=[hook])
+    assert "val_bpb is nan at step 3; going back to the last checkpoint" in capsys.readouterr().out
+    assert [row["val_bpb"] for row in rows_of(job) if "val_bpb" in row] == [3.0, 2.0, 1.0]
 
 
 def test_a_gradient_longer_than_the_clip_is_cut_to_it(

@@ -14,7 +14,7 @@ from nanochat_core.machine.ranks import pick_dtype
 from nanochat_core.model.gpt import write_config
 from nanochat_core.stages import pretrain, sft
 from nanochat_core.tokenizer.bpe import Tokenizer
-from nanochat_core.train import finetune
+from nanochat_core.train import supervised
 from nanochat_core.train.checkpoint import save_model
 from nanochat_core.train.loop import _Runner
 
@@ -33,8 +33,7 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         seen.append(("trained", runner.loss.__self__.training))
         return backward(runner, *args)
 
-    monkeypatch.setattr(bpb, "bits_per_byte", measured)
-    monkeypatch.setattr(finetune, "bits_per_byte", measured)
+    monkeypatch.setattr(supervised, "bits_per_byte", measured)
     monkeypatch.setattr(_Runner, "backward", trained)
     return seen
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from toys import make
 
 from nanochat_core.artifacts.stage import Runtime
 from nanochat_core.runner import join, launch, rendezvous
@@ -66,8 +67,7 @@ def second(tmp_path: Path) -> Iterator[Second]:
 
 
 def before_pretraining(base: Path) -> None:
-    for row in ("shards_head", "shards", "tokenizer"):
-        launch.launch(plan(base), row)
+    make(plan(base), "shards_head", "shards", "tokenizer")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from nanochat_core.artifacts.stage import Metrics
 from nanochat_core.report.headline import headline
 
 
-class Terminal:
+class RunDisplay:
     """What a person sees of a run at a terminal: a bar for the stage at work, a line for each that is done.
 
     Where nobody watches (no terminal) there is no bar, only a line when a stage starts and one when it ends.
