@@ -12,7 +12,7 @@ from nanochat_core.tokenizer.bpe import Tokenizer
 MAX_CHARS = 256  # of an expression; the longest in GSM8K has 81
 MAX_DEPTH = 64  # nested operations
 MAX_BITS = 256  # of a numerator or denominator: no result is longer than 77 digits
-DIGITS = 10  # significant digits of a result that is not whole
+DIGITS = 10  # significant digits of a result that is not whole, and one after the point at least
 
 # What an expression may be made of, before Python's parser sees it: no names, no exponents, no backslashes.
 # Possessive (`++`, `*+`), so that a hostile expression cannot make the match go back over itself.
@@ -79,10 +79,12 @@ def _value(node: ast.expr, depth: int) -> Fraction:
 def _format(value: Fraction) -> str:
     if value.denominator == 1:
         return str(value.numerator)
-    quotient = decimal.Context(prec=DIGITS).divide(
+    whole = len(str(abs(value.numerator) // value.denominator))
+    quotient = decimal.Context(prec=max(DIGITS, whole + 1)).divide(
         decimal.Decimal(value.numerator), decimal.Decimal(value.denominator)
     )
-    return f"{quotient:f}".rstrip("0").rstrip(".")
+    text = f"{quotient:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 class ToolCalls:

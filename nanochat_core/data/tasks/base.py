@@ -1,7 +1,6 @@
 """What every task is: numbered rows, each a conversation, and a way to tell whether an answer is right."""
 
 import random
-import re
 import zlib
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Protocol
 
+from nanochat_core.data.tasks.numbers import marked_number, numbers, plain
+from nanochat_core.sources.reasoning import final_answer
 from nanochat_core.tokenizer.render import Conversation, Message, Part
 
 Split = Literal["train", "validation", "test"]
@@ -57,8 +58,9 @@ def truth(conversation: Conversation) -> str:
 
 
 def spoken(answer: str) -> str:
-    """What a decoded answer says after its last tool call: a result not put into words does not count."""
-    return answer.rpartition("<|output_end|>")[2]
+    """What a decoded answer says after its last tool call and its thoughts: a result not put into words does
+    not count."""
+    return final_answer(answer.rpartition("<|output_end|>")[2])
 
 
 def same_text(conversation: Problem, answer: str) -> bool:
@@ -66,13 +68,10 @@ def same_text(conversation: Problem, answer: str) -> bool:
     return spoken(answer).strip() == wanted.strip()
 
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-
-
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, as a number: 10, 10.0 and 1,000 are what they mean."""
-    found = NUMBER.findall(text)
-    return Fraction(found[-1].replace(",", "")) if found else None
+    found = list(numbers(plain(text)))
+    return found[-1].value if found else None
 
 
 def same_number(conversation: Problem, answer: str) -> bool:
@@ -83,8 +82,8 @@ def same_number(conversation: Problem, answer: str) -> bool:
 
 def final_number(conversation: Problem, answer: str) -> bool:
     """Right if both have the same number after `####`."""
-    number = last_number(answer.rpartition("####")[2]) if "####" in answer else None
-    return number is not None and number == last_number(truth(conversation).rpartition("####")[2])
+    number = marked_number(answer)
+    return number is not None and number == marked_number(truth(conversation))
 
 
 def contains_answer(conversation: Problem, answer: str) -> bool:

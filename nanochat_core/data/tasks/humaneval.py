@@ -1,16 +1,14 @@
 """HumanEval: write a Python function from its signature and docstring; right if its tests pass."""
 
-import re
 from pathlib import Path
 
 from nanochat_core.data.tasks.base import Problem, Rows, Split, dialogue, spoken, view_size
+from nanochat_core.data.tasks.programs import complete
 from nanochat_core.data.tasks.tables import table
 from nanochat_core.infer.sandbox import run_program
 
 SECONDS = 6.0  # for a program and its tests
 MEMORY_MB = 1024  # some need 200 beside the interpreter
-
-FENCE = re.compile(r"```(?:python)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def load(split: Split, size: int | None, assets: Path | None) -> Rows:
@@ -36,11 +34,9 @@ def check_sandbox() -> None:
 
 
 def program(conversation: Problem, answer: str) -> str:
-    """The prompt's imports, the first code block of the answer (or all of it), the tests."""
+    """The answer's program and the tests."""
     prompt = conversation["messages"][0]["content"]
     assert isinstance(prompt, str)
-    imports = [line for line in prompt.split("\n") if line.startswith(("import ", "from "))]
-    block = FENCE.search(spoken(answer))
-    code = block[1] if block else spoken(answer)
-    check = f"check({conversation['entry_point']})"
-    return "\n".join([*imports, code, conversation["tests"], check])
+    entry_point = conversation["entry_point"]
+    code = complete(prompt, entry_point, spoken(answer))
+    return f"{code}\n{conversation['tests']}\ncheck({entry_point})"

@@ -96,9 +96,9 @@ def test_gsm8k_marks_become_calls_and_answers_compare_as_numbers(brought: Path) 
         {"type": "text", "text": "10 and\n#### 1,010"},
     ]
     task = load_task("gsm8k", "test", assets=brought)
-    for said in ("#### 1010", "#### 1,010.", "so\n#### 1010.0"):
+    for said in ("#### 1010", "#### 1,010.", "so\n#### 1010.0", "#### 1010 or 3"):
         assert task.correct(task[0], said)
-    for said in ("1010", "#### 10", "####", "#### 1010 or 3"):
+    for said in ("1010", "#### 10", "####", "#### 3 or 1010"):
         assert not task.correct(task[0], said)
 
 

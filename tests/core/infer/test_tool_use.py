@@ -1,9 +1,11 @@
 """The calculator: what it answers, how it writes it, and what it refuses without spending time or memory."""
 
 import ast
+import decimal
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -35,6 +37,9 @@ from nanochat_core.infer.tool_use import LEXEMES, MAX_CHARS, calculate
         ("'a,b,c'.count(',')", "2"),
         ("'banana'.count('an')+1", "3"),
         ("10000000000*10000000000", "100000000000000000000"),
+        ("50000000001/2", "25000000000.5"),
+        ("10000000000/3", "3333333333.3"),
+        ("999999999.96+0", "1000000000"),
     ],
 )
 def test_the_calculator_answers_as_the_training_data_does(expression: str, result: str) -> None:
@@ -132,6 +137,23 @@ def test_whole_number_arithmetic_agrees_with_python(numbers: list[int], data: st
     )
     expression = str(numbers[0]) + "".join(f"{o}{n}" for o, n in zip(operators, numbers[1:], strict=True))
     assert calculate(expression) == str(eval(compile(ast.parse(expression, mode="eval"), "", "eval")))
+
+
+@given(st.integers(-(10**30), 10**30), st.integers(1, 10**12))
+def test_a_quotient_is_right_to_ten_digits_and_to_a_tenth(above: int, below: int) -> None:
+    exact = Fraction(above, below)
+    result = calculate(f"{above}/{below}")
+    assert result is not None
+    assert abs(Fraction(result) - exact) <= min(abs(exact) * Fraction(1, 10**9), Fraction(1, 20))
+    assert (Fraction(result) == exact) or "." in result or abs(exact) > 10**8
+
+
+@given(st.integers(-(10**9) + 1, 10**9 - 1), st.integers(1, 999))
+def test_quotients_below_a_thousand_million_are_written_as_ever(above: int, below: int) -> None:
+    exact = Fraction(above, below)
+    ten = decimal.Context(prec=10).divide(decimal.Decimal(above), decimal.Decimal(below))
+    written = str(exact) if exact.denominator == 1 else f"{ten:f}".rstrip("0").rstrip(".")
+    assert calculate(f"{above}/{below}") == written
 
 
 def test_the_bound_on_size_is_checked_before_the_text_is_read() -> None:
