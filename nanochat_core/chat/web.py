@@ -139,9 +139,7 @@ def create_app(
             raise ApiError(503, f"the model has failed: {error}", "failed") from None
         except ValueError as error:
             raise ApiError(400, str(error), "context_length_exceeded") from None
-        answer = StreamedAnswer(
-            ticket, Detokenizer(engine.tokenizer), asked.stops(), limits.seconds, metrics
-        )
+        answer = StreamedAnswer(ticket, Detokenizer(engine.tokenizer), asked.stops(), limits.seconds, metrics)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             return Stream(answer, events(answer, shape, usage))

@@ -166,7 +166,7 @@ def test_two_at_once_write_a_directory_once(toy: Toy, undisturbed: str) -> None:
 
     def go_on() -> None:
         try:
-            until(lambda: "waiting for it" in (job.path / "log.txt").read_text())
+            until(lambda: "waiting for it" in (job.path / "log.txt").read_text(), 60)
         finally:
             os.kill(first, signal.SIGCONT)
 
