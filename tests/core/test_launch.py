@@ -206,12 +206,12 @@ def test_the_device_is_used_by_one_stage_at_a_time(toy: Toy) -> None:
 
 
 def test_a_stage_that_says_nothing_for_long_is_ended_and_goes_on(toy: Toy) -> None:
-    made = toy.plan("pretrain.steps=1", "pretrain.pause=1.5", "runtime.silent_minutes=0.015")
+    made = toy.plan("pretrain.steps=2", "pretrain.pause=1.2", "runtime.silent_minutes=0.015")
     toy.make(made, "shards")
     with pytest.raises(launching.StageKilled, match=r"said nothing for 0\.015 minutes.*silent_minutes"):
         launch(made, "pretrain")
     assert store.read_attempts(made.jobs["pretrain"].path)[-1]["event"] == "stopped"
-    patient = toy.plan("pretrain.steps=1", "pretrain.pause=1.5", "runtime.silent_minutes=0")
+    patient = toy.plan("pretrain.steps=2", "pretrain.pause=1.2", "runtime.silent_minutes=0")
     assert patient.jobs["pretrain"].path == made.jobs["pretrain"].path
     launch(patient, "pretrain")
 
