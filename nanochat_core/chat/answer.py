@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from nanochat_core.chat.conversation import AnswerDelta, Detokenizer
-from nanochat_core.chat.metrics import Measured
+from nanochat_core.chat.metrics import ServerMetrics
 from nanochat_core.chat.schema import ApiError, ChatShape, CompletionShape
 from nanochat_core.chat.serving import Failed, Ticket
 
@@ -22,22 +22,21 @@ class StreamedAnswer:
     """A ticket read as text, up to a stop sequence if one is asked for."""
 
     def __init__(
-        self, ticket: Ticket, reader: Detokenizer, stops: list[str], seconds: float, measured: Measured
+        self, ticket: Ticket, reader: Detokenizer, stops: list[str], seconds: float, metrics: ServerMetrics
     ) -> None:
         self._ticket, self._reader, self._stops, self._seconds = ticket, reader, stops, seconds
-        self._measured = measured
+        self._metrics = metrics
         self._begin = time.perf_counter()
         self._held = ""  # text that may turn out to be the beginning of a stop sequence
         self.finish = ""
-        measured.prompt_tokens += len(ticket.prompt)
+        metrics.tokens.labels("prompt").inc(len(ticket.prompt))
 
     async def pieces(self) -> AsyncIterator[list[AnswerDelta]]:
         try:
             async for tokens in self._ticket.tokens(self._seconds):
                 if self._ticket.made and self._ticket.made == len(tokens):
-                    self._measured.first_tokens += 1
-                    self._measured.first_token_seconds += time.perf_counter() - self._begin
-                self._measured.completion_tokens += len(tokens)
+                    self._metrics.first_token_seconds.observe(time.perf_counter() - self._begin)
+                self._metrics.tokens.labels("completion").inc(len(tokens))
                 some = [piece for token in tokens for piece in self._reader.read(token)]
                 if self._ticket.finish is not None:
                     some += self._reader.end()
@@ -64,7 +63,7 @@ class StreamedAnswer:
     def close(self) -> None:
         if not self._ticket.closed:
             self._ticket.close()
-            self._measured.answers[self.finish or "cancelled"] += 1
+            self._metrics.answers.labels(self.finish or "cancelled").inc()
 
     def _cut(self, pieces: list[AnswerDelta]) -> list[AnswerDelta]:
         """The pieces up to a stop sequence; what may yet become one is held back."""

@@ -1,37 +1,22 @@
 """What /metrics shows, in Prometheus' words."""
 
-from collections import Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge, Summary
 
 from nanochat_core.chat.serving import Batcher
 
 
-class Measured:
-    """What /metrics shows."""
+class ServerMetrics:
+    """The metrics of one application, in a registry of its own."""
 
-    def __init__(self) -> None:
-        self.answers: Counter[str] = Counter()  # by how they ended
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
-        self.first_token_seconds = 0.0
-        self.first_tokens = 0
-
-
-def prometheus(batcher: Batcher, measured: Measured) -> str:
-    running = batcher.engine.running
-    lines = [
-        "# TYPE nanochat_answers_total counter",
-        *(f'nanochat_answers_total{{finish="{key}"}} {n}' for key, n in sorted(measured.answers.items())),
-        "# TYPE nanochat_tokens_total counter",
-        f'nanochat_tokens_total{{kind="prompt"}} {measured.prompt_tokens}',
-        f'nanochat_tokens_total{{kind="completion"}} {measured.completion_tokens}',
-        "# TYPE nanochat_rows gauge",
-        f"nanochat_rows {batcher.engine.max_rows}",
-        "# TYPE nanochat_rows_running gauge",
-        f"nanochat_rows_running {running}",
-        "# TYPE nanochat_clients gauge",
-        f"nanochat_clients {len(batcher.tickets)}",
-        "# TYPE nanochat_first_token_seconds summary",
-        f"nanochat_first_token_seconds_sum {measured.first_token_seconds:.6f}",
-        f"nanochat_first_token_seconds_count {measured.first_tokens}",
-    ]
-    return "\n".join(lines) + "\n"
+    def __init__(self, batcher: Batcher) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.answers = Counter("nanochat_answers", "by how they ended", ["finish"], registry=registry)
+        self.tokens = Counter("nanochat_tokens", "read and generated", ["kind"], registry=registry)
+        self.first_token_seconds = Summary("nanochat_first_token_seconds", "its wait", registry=registry)
+        gauges = {
+            "nanochat_rows": ("sequences at once, at most", lambda: batcher.engine.max_rows),
+            "nanochat_rows_running": ("sequences being generated", lambda: batcher.engine.running),
+            "nanochat_clients": ("being answered or waiting", lambda: len(batcher.tickets)),
+        }
+        for name, (text, read) in gauges.items():
+            Gauge(name, text, registry=registry).set_function(read)

@@ -9,12 +9,13 @@ from typing import Any
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from nanochat_core.chat import page
 from nanochat_core.chat.answer import Stream, StreamedAnswer, events, unless_gone
 from nanochat_core.chat.conversation import Detokenizer, fit
 from nanochat_core.chat.gate import LOCAL, Gate, RequestLimits, key_check, tell_errors_in_openais_shape
-from nanochat_core.chat.metrics import Measured, prometheus
+from nanochat_core.chat.metrics import ServerMetrics
 from nanochat_core.chat.schema import (
     ApiError,
     Asked,
@@ -33,7 +34,6 @@ from nanochat_core.model.gpt import GPT
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 STREAMED: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
-PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(
@@ -49,7 +49,7 @@ def create_app(
     reach it under a name of its own; None: any. `facts`: more about the model, for /v1/models."""
     limits = limits or RequestLimits()
     batcher = Batcher(engine, places=limits.places)
-    measured = Measured()
+    metrics = ServerMetrics(batcher)
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
     card |= {"context": engine.context, **(facts or {})}
     html, policy = page.render(name)
@@ -83,8 +83,8 @@ def create_app(
         return JSONResponse({"status": "ok", "model": name, "key": token is not None})
 
     @app.get("/metrics", response_class=PlainTextResponse, **protected)
-    async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(prometheus(batcher, measured), media_type=PROMETHEUS)
+    async def prometheus() -> PlainTextResponse:
+        return PlainTextResponse(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models", **protected)
     async def models() -> dict[str, Any]:
@@ -139,9 +139,7 @@ def create_app(
             raise ApiError(503, f"the model has failed: {error}", "failed") from None
         except ValueError as error:
             raise ApiError(400, str(error), "context_length_exceeded") from None
-        answer = StreamedAnswer(
-            ticket, Detokenizer(engine.tokenizer), asked.stops(), limits.seconds, measured
-        )
+        answer = StreamedAnswer(ticket, Detokenizer(engine.tokenizer), asked.stops(), limits.seconds, metrics)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             return Stream(answer, events(answer, shape, usage))

@@ -6,7 +6,7 @@ during an update, and in activations, batches or the processor itself.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,9 @@ class Seals:
         self.flips: dict[str, list[Tensor]] = {}  # name -> whether its gradient was found changed, each time
         self.nodes = []  # autograd forgets a node's hooks when nobody holds it
         for name, p in params.items():
-            p.register_post_accumulate_grad_hook(self._added(name))  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(partial(self.added, name))  # type: ignore[no-untyped-call]
             node = p.view_as(p).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-            node.register_prehook(self._adding(name, p))  # type: ignore[union-attr]
+            node.register_prehook(partial(self.look, name))  # type: ignore[union-attr]
             self.nodes.append(node)
 
     @torch.no_grad()
@@ -39,31 +39,31 @@ class Seals:
         self.on = True
         self.sums = {name: checksum(tensor) for name, tensor in self.state.items()}
 
-    def _added(self, name: str) -> Any:
-        def seal(p: Tensor) -> None:
-            if self.on and p.grad is not None:
-                self.gradients[name] = checksum(p.grad)
+    @torch.no_grad()
+    def added(self, name: str, *_: object) -> None:
+        """Seal a gradient that something was added to."""
+        if self.on:
+            self.gradients[name] = checksum(self._gradient(name))
 
-        return seal
+    @torch.no_grad()
+    def look(self, name: str, *_: object) -> None:
+        """Compare a gradient with its seal, before something is added to it or it is used."""
+        if self.on:
+            changed = checksum(self._gradient(name)) != self.gradients.get(name, 0)
+            self.flips.setdefault(name, []).append(changed)
 
-    def _adding(self, name: str, p: nn.Parameter) -> Any:
-        def look(grads: tuple[Tensor, ...]) -> None:
-            if self.on:
-                self._look(name, p)
-
-        return look
-
-    def _look(self, name: str, p: nn.Parameter) -> None:
-        assert p.grad is not None
-        self.flips.setdefault(name, []).append(checksum(p.grad) != self.gradients.get(name, 0))
+    def _gradient(self, name: str) -> Tensor:
+        grad = self.params[name].grad
+        assert grad is not None
+        return grad
 
     @torch.no_grad()
     def broken(self) -> list[str]:
         """The names of tensors that changed since they were sealed; none are sealed then."""
         if not self.on:
             return []
-        for name, p in self.params.items():
-            self._look(name, p)
+        for name in self.params:
+            self.look(name)
         found = {name: checksum(tensor) != self.sums[name] for name, tensor in self.state.items()}
         found |= {f"the gradient of {name}": torch.stack(flips).any() for name, flips in self.flips.items()}
         changed = torch.stack(list(found.values())).tolist()

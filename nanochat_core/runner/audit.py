@@ -3,16 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat_core.artifacts import store, transcript
-from nanochat_core.machine.installed import module
 from nanochat_core.runner.exits import last_words
-from nanochat_core.runner.launch import environment, lock_path, stop
+from nanochat_core.runner.launch import lock_path, started, stop
 
 COMPARED = ("weights", "optimizer", "cursor")
 SAME = ("skip", "ranks", "precision", "code")  # of both ends, or what lies between is not only arithmetic
@@ -69,21 +67,14 @@ def replay(directory: Path, base_dir: Path, stretch: Stretch) -> list[str]:
             shutil.copy(rows, work / "checkpoints")
     job["runtime"] |= {"base_dir": str(base_dir), "stop_step": stretch.end["step"], "audit_stretches": 0}
     store.write_json(work / "job.json", job)
-    log = work / "log.txt"
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            module("nanochat_core.runner.launch", str(work / "job.json")),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment(),
-        )
+    process = started(work)
     try:
         process.wait()
         found = [line for line in transcript.read(work) if line["step"] == stretch.end["step"]]
         if not found:
-            raise ValueError(f"the replay did not get there: {last_words(log, 0, process.returncode)}")
+            raise ValueError(
+                f"the replay did not get there: {last_words(work / 'log.txt', 0, process.returncode)}"
+            )
         return [key for key in COMPARED if found[-1][key] != stretch.end[key]]
     finally:
         stop(process)

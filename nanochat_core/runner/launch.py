@@ -110,15 +110,7 @@ def launch(
     store.write_json(work / "job.json", describe(plan, name, rerun if name in plan.rerun else None))
     log = work / "log.txt"
     begin = log.stat().st_size if log.exists() else 0
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            module("nanochat_core.runner.launch", str(work / "job.json")),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment(),
-        )
+    process = started(work)
     rows = follow(work / "metrics.jsonl")
     short = asked = hangs = False
     heard, length = time.monotonic(), begin
@@ -175,6 +167,19 @@ def launch(
             kind = InputLost
         raise kind(name, last_words(final, begin, process.returncode), final)
     return dict(result["metrics"])
+
+
+def started(work: Path) -> "subprocess.Popen[bytes]":
+    """A process for the job in a directory, which writes to the log there."""
+    with (work / "log.txt").open("ab") as out:
+        return subprocess.Popen(
+            module("nanochat_core.runner.launch", str(work / "job.json")),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment(),
+        )
 
 
 def environment() -> dict[str, str]:

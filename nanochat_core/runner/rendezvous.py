@@ -8,6 +8,7 @@ to stop. Which machine gets rank 0 is torchrun's affair.
 import ipaddress
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from nanochat_core.runner.exits import LOST
 
 PORT = 29400
 JOIN_SECONDS = 24 * 3600  # how long the machines that are there wait for one that is not
+STOPPED = re.compile(r"\s*exitcode\s*: 130\b")  # torchrun's report of a rank that was told to stop
 ANSWER = "NANOCHAT_ANSWER"  # set in a process that answers a call rather than making one
 
 
@@ -92,8 +94,12 @@ def torchrun(job: Path, runtime: Runtime) -> list[str]:
 
 
 def lost(lines: Iterable[str]) -> bool:
-    """Whether a log says that the other machine went away: then the same stage is called again."""
-    return any(LOST.search(line) for line in lines)
+    """Whether a log says that the other machine went away: then the same stage is called again.
+
+    A rank sees a closed connection, or torchrun sees first that the other's agent is gone and stops its
+    ranks, which save and exit with 130.
+    """
+    return any(LOST.search(line) or STOPPED.match(line) for line in lines)
 
 
 def address_towards(endpoint: str) -> str:

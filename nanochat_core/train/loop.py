@@ -121,7 +121,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """The loop and all that stays the same from one fault to the next."""
+    """The loop, with all that stays the same from one fault to the next."""
 
     job: Job[Any]
     world: World

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def background(made: plan.Plan, base_dir: Path, *overrides: str) -> "subprocess.
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
 
 
-def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it did not happen"
@@ -162,16 +161,23 @@ def test_two_at_once_write_a_directory_once(toy: Toy, undisturbed: str) -> None:
     toy.make(made, "shards")
     job = made.jobs["pretrain"]
     other = background(made, toy.base_dir, *SLOW)
-    child = until(lambda: started(job.path))
-    os.kill(child, signal.SIGSTOP)  # until the second waits for it
-    with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(launch, made, "pretrain")
-        until(lambda: "waiting for it" in (job.path / "log.txt").read_text(), 60)
-        os.kill(child, signal.SIGCONT)
-        second.result()
-    assert other.wait(20) == 0
+    first = until(lambda: started(job.path))
+    os.kill(first, signal.SIGSTOP)  # so that the second has time to start
+
+    def go_on() -> None:
+        try:
+            until(lambda: "waiting for it" in (job.path / "log.txt").read_text(), 60)
+        finally:
+            os.kill(first, signal.SIGCONT)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    launch(made, "pretrain")
+    thread.join()
+    assert other.wait(60) == 0
     assert toy.starts(made, "pretrain") == ["0"]
     assert weights(made, "pretrain") == undisturbed
+    assert "waiting for it" in (job.path / "log.txt").read_text()
 
 
 def test_the_second_goes_on_where_the_first_was_killed(toy: Toy, undisturbed: str) -> None:

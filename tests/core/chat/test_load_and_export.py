@@ -122,5 +122,5 @@ def test_another_tokenizer_is_refused(trained, random_model, tmp_path) -> None:
 def test_a_directory_without_a_model_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="is not a directory"):
         load_chat(tmp_path / "absent")
-    with pytest.raises(ValueError, match="holds no"):
+    with pytest.raises(ValueError, match="holds neither an exported model nor"):
         load_chat(tmp_path)

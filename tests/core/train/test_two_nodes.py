@@ -232,3 +232,16 @@ def test_the_profile_for_two_sparks_trains_the_same_model_as_for_one(tmp_path: P
     one, two = (plans.load(name, base_dir=tmp_path) for name in ("dgx-spark", "dgx-spark-x2"))
     assert [job.fingerprint for job in one.jobs.values()] == [job.fingerprint for job in two.jobs.values()]
     assert two.runtime.processes == 2 and two.runtime.environment["NCCL_IB_HCA"].count(",") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:4711",
+        "torch.distributed.DistNetworkError: failed to recv, got 0 bytes",
+        "  exitcode  : 130 (pid: 23663)",  # its agent saw it first, and stopped the rank here
+    ],
+)
+def test_a_machine_that_went_away_is_known_by_what_the_ranks_here_say(line: str) -> None:
+    assert rendezvous.lost(["step 10 of 60", line])
+    assert not rendezvous.lost(["step 10 of 60", "  exitcode  : 1 (pid: 1300)", "error: the loss is nan"])
