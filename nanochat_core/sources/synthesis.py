@@ -198,8 +198,10 @@ def read_answer(text: str) -> Conversation:
             kept = as_conversation(row)
         except UnusableAnswer as unusable:
             why = unusable
-        except (json.JSONDecodeError, RecursionError):
+        except json.JSONDecodeError:
             continue
+        except RecursionError:
+            break
     if kept is None:
         raise why
     return kept

@@ -59,7 +59,7 @@ SIGN = re.compile(
 )
 
 
-class Found(NamedTuple):
+class Located(NamedTuple):
     """A number, and where its digits begin in the text it was found in."""
 
     value: Fraction
@@ -73,14 +73,14 @@ def plain(text: str) -> str:
     return text
 
 
-def numbers(text: str) -> Iterator[Found]:
+def numbers(text: str) -> Iterator[Located]:
     """The numbers in a `plain` text, from its beginning."""
     for found in NUMBER.finditer(text):
         if len(found[0]) > LONGEST:
             continue
         value = _value(found)
         before = text[max(0, found.start() - 40) : found.start()]
-        yield Found(-value if _negative(before) else value, found.start())
+        yield Located(-value if _negative(before) else value, found.start())
 
 
 def _value(found: re.Match[str]) -> Fraction:

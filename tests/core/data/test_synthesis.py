@@ -222,7 +222,7 @@ JSON = json.dumps(TALK)
         f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>{JSON}",
         f"A first try: {json.dumps(talk('one', 'two', 'three'))}. Better: {JSON}",
         f"A draft: {json.dumps(talk('a draft', 'no'))}\nThe final version: {JSON}",
-        JSON.replace("hi", "hi\n"),
+        JSON.replace('"hi"', '"hi\n"'),
         f"\ufeff{JSON}\n",
     ],
 )
@@ -236,7 +236,7 @@ def test_a_conversation_is_found_after_thoughts_between_prose_and_in_a_fence(tex
         (f"<think>{JSON}", "thoughts and no answer"),
         ("<think>Hm.</think>", "thoughts and no answer"),
         ("I cannot [do that].", "no JSON"),
-        (JSON[:-10], "no JSON"),
+        (JSON[:-10], "expected 2 to 12 messages"),
         ("[" * 10_000, "no JSON"),
     ],
 )
