@@ -17,7 +17,8 @@ SPACES = r" \u00a0\u2009\u202f"
 # What typesetting puts into a number, and what to read in its place.
 TYPESET = (
     (re.compile(r"(?<!\d)\*\*|\*\*(?!\d)|__|`"), ""),  # bold and code, but not 10**4
-    (re.compile(r"\{,\}|\\,(?=\d)"), ","),  # the thousands of LaTeX
+    (re.compile(r"\{,\}|\\,(?=\d)|，(?=\d)"), ","),  # thousands in LaTeX and in Chinese
+    (re.compile(r"\\[dt]?frac(\d)(\d)"), r"\1/\2"),
     (re.compile(rf"\\[dt]?frac\s*\{{\s*({DASH}?\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}"), r"\1/\2"),
     (re.compile(r"⁄"), "/"),
     (re.compile(r"\s?([½⅓⅔¼¾⅕⅛])"), lambda found: f" {VULGAR[found[1]]}"),
