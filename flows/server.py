@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from nanochat_core.artifacts import store
 from nanochat_core.artifacts.orphans import process as process_now
 from nanochat_core.machine.installed import module
+from nanochat_core.machine.proxy import direct, local, opener
 from nanochat_core.runner.launch import die_with_parent
 from nanochat_core.runner.status import at_work
 
@@ -93,10 +94,6 @@ def same(one: str, other: str) -> bool:
     return (a.port, local(one) or a.hostname) == (b.port, local(other) or b.hostname)
 
 
-def local(url: str) -> bool:
-    return urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-
-
 def address(base_dir: Path) -> str | None:
     """The API to speak to; None if there is none yet. The one configured may be the one that `up` advised to
     export: it counts for as long as `up` keeps it."""
@@ -116,6 +113,7 @@ def prepare(base_dir: Path) -> str:
     """
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
+    os.environ.update(direct(os.environ))
     share_password()
     url = address(base_dir)
     if url:
@@ -166,7 +164,7 @@ def share_password() -> None:
 
 def healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+        with opener(url).open(f"{url}/health", timeout=5) as answer:
             return json.load(answer) is True
     except urllib.error.HTTPError as refused:
         return refused.code in (401, 403)  # it is there, and wants a key
@@ -181,7 +179,8 @@ def ask(url: str, path: str, content: Any = None) -> Any:
     if password:
         headers["authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
     body = None if content is None else json.dumps(content).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/{path}", body, headers), timeout=5) as answer:
+    asked = urllib.request.Request(f"{url}/{path}", body, headers)
+    with opener(url).open(asked, timeout=5) as answer:
         return json.load(answer)
 
 

@@ -23,7 +23,6 @@ from flows.server import (
     configured,
     healthy,
     last_supervisor,
-    local,
     same,
     services_folder,
     share_password,
@@ -32,6 +31,7 @@ from flows.server import (
 from flows.whose import worker_name
 from nanochat_core.artifacts import orphans, store
 from nanochat_core.machine.installed import SAFE_PATH, deployment, module
+from nanochat_core.machine.proxy import direct, local
 from nanochat_core.runner.plan import saved_step
 from nanochat_core.runner.status import at_work
 
@@ -165,7 +165,10 @@ def register(base_dir: Path | None = None) -> None:
         capture_output=True,
         text=True,
         cwd=path.parent,
-        env=os.environ | SETTINGS | {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING"},
+        env=os.environ
+        | SETTINGS
+        | direct(os.environ)
+        | {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING"},
     )
     if done.returncode != 0:
         raise RuntimeError(f"the deployments could not be registered:\n{(done.stdout + done.stderr)[-2000:]}")
@@ -281,7 +284,7 @@ def supervise(base_dir: Path, url: str, port: int) -> int:
         start = module("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
         commands = {"server": start, **commands}
     own = {"PREFECT_API_URL": url, "NANOCHAT_BASE_DIR": str(base_dir)}
-    env = RETENTION | os.environ | SETTINGS | SAFE_PATH | own
+    env = RETENTION | os.environ | SETTINGS | SAFE_PATH | direct(os.environ) | own
     started: dict[str, subprocess.Popen[bytes]] = {}
     again: dict[str, float] = {}
     with contextlib.ExitStack() as stack:

@@ -125,7 +125,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         found = distributions(made_of[name])
         assert found & (always | optional), f"{name} is imported; declare {' or '.join(sorted(found))}"
         imported |= found
-    assert always <= imported
+    assert always - {"httpx"} <= imported  # what Prefect imports of it, with SOCKS
 
 
 def distributions(lines: Iterable[str]) -> set[str]:

@@ -93,6 +93,7 @@ def alive_workers(url: str) -> int | None:
     import urllib.request
 
     from flows.services import POOL
+    from nanochat_core.machine.proxy import opener
 
     headers = {"content-type": "application/json"}
     key, password = os.environ.get("PREFECT_API_KEY"), os.environ.get("PREFECT_API_AUTH_STRING")
@@ -102,7 +103,7 @@ def alive_workers(url: str) -> int | None:
         headers["authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
     asked = urllib.request.Request(f"{url}/work_pools/{POOL}/workers/filter", b"{}", headers)
     try:
-        with urllib.request.urlopen(asked, timeout=10) as answer:
+        with opener(url).open(asked, timeout=10) as answer:
             workers: list[dict[str, str]] = json.load(answer)
         return sum(worker.get("status") == "ONLINE" for worker in workers)
     except urllib.error.HTTPError as refused:

@@ -4,6 +4,7 @@ What a verb needs is imported inside it: `nanochat --help` answers at once, and 
 """
 
 import errno
+import os
 import signal
 import sys
 from types import FrameType
@@ -25,6 +26,7 @@ from nanochat_core.cli import (
     service_verbs,
 )
 from nanochat_core.cli.options import say
+from nanochat_core.machine import proxy
 
 VERBS = (
     run_verbs.run,
@@ -70,6 +72,7 @@ def main() -> None:
     """Run the command. What the user can mend is told in one line; anything else is a traceback to report."""
     signal.signal(signal.SIGINT, interrupt)  # a shell that starts us in the background has it ignored
     signal.signal(signal.SIGTERM, interrupt)  # ends as Ctrl-C does, with a checkpoint
+    os.environ.update(proxy.direct(os.environ))  # Prefect's clients read it when they are made
     try:
         app()
     except ValueError as error:

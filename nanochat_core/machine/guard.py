@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from nanochat_core.machine.hardware import Memory, gpus, memory
+from nanochat_core.machine.hardware import Memory, memory, unified
 
-UNIFIED = ("GB10", "GH200", "Orin", "Thor")  # GPUs whose memory is the machine's
 BACK_SECONDS = 300.0  # the driver gives memory back up to a minute after its process has ended
 FEW_ROWS = 8  # of a forward pass, where the profile names no device batch: small enough for its models
 
@@ -35,9 +34,13 @@ class MemoryLimits(NamedTuple):
 SHARED, OWN = MemoryLimits(0.12, 0.04), MemoryLimits(0.04, 0.015)
 
 
+INTEGRATED = "NANOCHAT_UNIFIED_MEMORY"  # set where torch says so of a GPU whose name nobody knows
+
+
 @functools.cache
 def limits() -> MemoryLimits:
-    return SHARED if any(name in gpu.name for gpu in gpus()[0] for name in UNIFIED) else OWN
+    """Those of this machine, found out once. A driver that cannot be understood does not loosen them."""
+    return OWN if unified() is False and INTEGRATED not in os.environ else SHARED
 
 
 Verdict = Literal["", "stop", "kill"]

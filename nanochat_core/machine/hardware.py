@@ -7,13 +7,25 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pynvml
+
+VERSION = re.compile(r"\d+(\.\d+)+")  # of a driver
+# GPUs whose memory is the machine's, and machines that have one, as the firmware names them.
+UNIFIED = ("GB10", "GH200", "Orin", "Thor")
+UNIFIED_MACHINES = (*UNIFIED, "DGX Spark", "DGX_Spark", "GX10", "ZGX Nano", "ThinkStation PGX", "tegra")
+FIRMWARE = (
+    *(f"sys/class/dmi/id/{name}" for name in ("product_name", "product_family", "board_name")),
+    *(f"proc/device-tree/{name}" for name in ("model", "compatible")),
+)
 
 ASK_SECONDS = 20.0  # nvidia-smi takes long while the driver wakes up
 SOONEST, LATEST = 1.0, 30.0  # seconds between two readings of a stage: dense at first; 57,600 in ten days
@@ -47,6 +59,7 @@ class Said(NamedTuple):
 
     code: int
     out: str
+    err: str = ""
 
 
 def ask(words: Sequence[str], seconds: float = ASK_SECONDS) -> Said:
@@ -55,8 +68,7 @@ def ask(words: Sequence[str], seconds: float = ASK_SECONDS) -> Said:
         done = subprocess.run(
             words,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,  # apart: a warning is no row
             timeout=seconds,
             text=True,
             errors="replace",
@@ -64,28 +76,10 @@ def ask(words: Sequence[str], seconds: float = ASK_SECONDS) -> Said:
     except FileNotFoundError:
         return Said(127, "")
     except subprocess.TimeoutExpired:
-        return Said(124, f"{words[0]} did not answer in {seconds:.0f} s")
+        return Said(124, "", f"{words[0]} did not answer in {seconds:.0f} s")
     except OSError as error:
-        return Said(126, str(error))
-    return Said(done.returncode, done.stdout.strip())
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the facts are read; tests put a folder of files and their own answers here."""
-
-    root: Path = Path("/")
-    ask: Callable[[Sequence[str]], Said] = ask
-
-    def text(self, path: str) -> str:
-        """A file of the kernel's, without its last newline; empty if it cannot be read."""
-        try:
-            return (self.root / path).read_text(errors="replace").strip("\0\n ")
-        except OSError:
-            return ""
-
-
-HERE = Machine()
+        return Said(126, "", str(error))
+    return Said(done.returncode, done.stdout.strip(), done.stderr.strip())
 
 
 class Gpu(NamedTuple):
@@ -96,16 +90,86 @@ class Gpu(NamedTuple):
     celsius: float | None
 
 
+def nvml() -> tuple[list[Gpu], str]:
+    """The GPUs that the driver's own library shows, and what it complains of."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        return [], ""
+    except pynvml.NVMLError as error:
+        return [], f"NVML: {error}"
+    found, why = [], ""
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        for i in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                gpu = pynvml.nvmlDeviceGetHandleByIndex(i)
+                major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(gpu)
+                watts = _told(pynvml.nvmlDeviceGetPowerUsage, gpu)  # in thousandths
+                celsius = _told(pynvml.nvmlDeviceGetTemperature, gpu, pynvml.NVML_TEMPERATURE_GPU)
+                name = pynvml.nvmlDeviceGetName(gpu)
+                found.append(Gpu(name, driver, f"{major}.{minor}", watts and watts / 1000, celsius))
+            except pynvml.NVMLError as error:
+                why = f"NVML: GPU {i}: {error}"
+    except pynvml.NVMLError as error:
+        why = f"NVML: {error}"
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+    return found, why
+
+
+def _told(ask: Callable[..., float], *about: Any) -> float | None:
+    """What NVML says; a GPU with unified memory does not tell everything."""
+    try:
+        return float(ask(*about))
+    except pynvml.NVMLError:
+        return None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the facts are read; tests put a folder of files and their own answers here."""
+
+    root: Path = Path("/")
+    ask: Callable[[Sequence[str]], Said] = ask
+    nvml: Callable[[], tuple[list[Gpu], str]] = lambda: ([], "")
+
+    def text(self, path: str) -> str:
+        """A file of the kernel's, without its last newline; empty if it cannot be read."""
+        try:
+            return (self.root / path).read_text(errors="replace").strip("\0\n ")
+        except OSError:
+            return ""
+
+    def folders(self, path: str) -> list[str]:
+        """The folders in a folder, from the root on."""
+        return sorted(str(found.relative_to(self.root)) for found in (self.root / path).glob("*/"))
+
+
+HERE = Machine(nvml=nvml)
+
+
 def gpus(machine: Machine = HERE) -> tuple[list[Gpu], str]:
-    """The GPUs that NVIDIA's driver shows, or none and why: "" where there is no such driver at all."""
+    """The GPUs that NVIDIA's driver shows, and what it complains of: none and "" where there is no such
+    driver at all. NVML is asked first; nvidia-smi, whose text is for people, where that says nothing."""
+    found, why = machine.nvml()
+    if found:
+        return found, why
     fields = "name,driver_version,compute_cap,power.draw,temperature.gpu"
     said = machine.ask(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
     if said.code == 127:
-        return [], ""
-    rows = [[cell.strip() for cell in line.split(",")] for line in said.out.splitlines()]
-    if said.code or not rows or any(len(row) != 5 for row in rows):
-        return [], said.out.splitlines()[0] if said.out else f"nvidia-smi ended with code {said.code}"
-    return [Gpu(a, b, c, _number(watts), _number(celsius)) for a, b, c, watts, celsius in rows], ""
+        return [], why
+    words = []
+    for line in [*said.out.splitlines(), *said.err.splitlines()]:
+        row = [cell.strip() for cell in line.rsplit(",", 4)]
+        if len(row) == 5 and VERSION.fullmatch(row[1]):  # warnings may stand before or after the rows
+            found.append(Gpu(row[0], row[1], row[2], _number(row[3]), _number(row[4])))
+        elif line.strip():
+            words.append(line.strip())
+    if not found and not words:
+        words = [why or f"nvidia-smi ended with code {said.code}"]
+    return found, words[0] if words else ""
 
 
 def _number(text: str) -> float | None:
@@ -113,6 +177,26 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:  # [N/A], and [Not Supported] for what a unified-memory GPU does not tell
         return None
+
+
+def unified(machine: Machine = HERE) -> bool | None:
+    """Whether the GPU's memory is the machine's; None where there is a driver that does not say which GPU it
+    drives, and nobody else knows."""
+    found, why = gpus(machine)
+    names = [gpu.name for gpu in found]
+    if not names:
+        said = [machine.text(f"{path}/information") for path in machine.folders("proc/driver/nvidia/gpus")]
+        names = [
+            line.partition(":")[2].strip() for text in said for line in text.splitlines() if "Model" in line
+        ]
+    firmware = [machine.text(path) for path in FIRMWARE]
+    if any(name in text for text in names for name in UNIFIED) or any(
+        name in text for text in firmware for name in UNIFIED_MACHINES
+    ):
+        return True
+    known = [name for name in names if name not in ("", "Unknown")]
+    driver = bool(why) or bool(names) or bool(machine.text("proc/driver/nvidia/version"))
+    return None if driver and not known else False
 
 
 class Memory(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from nanochat_core.machine import trial
 from nanochat_core.machine.hardware import HERE, Machine
+from nanochat_core.machine.proxy import opener
 
 PROBE_BYTES = 64 << 20
 SLEEP = ("sleep.target", "suspend.target", "hibernate.target", "hybrid-sleep.target")
@@ -29,7 +30,7 @@ class Reached(NamedTuple):
 def reach(url: str) -> Reached:
     """Ask a host for nothing but its answer; one that refuses is there."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10) as answer:
+        with opener(url).open(urllib.request.Request(url, method="HEAD"), timeout=10) as answer:
             date = answer.headers.get("Date")
     except urllib.error.HTTPError as refused:
         date = refused.headers.get("Date")

@@ -63,6 +63,7 @@ def main() -> None:
         found |= {"name": name, "capability": ".".join(map(str, torch.cuda.get_device_capability()))}
         found |= {"count": torch.cuda.device_count(), "arches": torch.cuda.get_arch_list()}
         found["peak"] = peak_flops(name)
+        found["integrated"] = bool(torch.cuda.get_device_properties(0).is_integrated)
     dtype = pick_dtype(Runtime(), device)
     found["dtype"] = str(dtype).removeprefix("torch.")
     if asked.burn:

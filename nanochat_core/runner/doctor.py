@@ -5,6 +5,7 @@ A check goes from facts, read where `Edges` says, to a line; nothing here decide
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,8 +15,9 @@ from urllib.parse import urlsplit
 from nanochat_core.artifacts import store
 from nanochat_core.artifacts.progress import count
 from nanochat_core.machine import guard
-from nanochat_core.machine.hardware import Gpu, Machine, gpus, memory
+from nanochat_core.machine.hardware import Gpu, Machine, gpus, memory, unified
 from nanochat_core.machine.probes import SLEEP, Edges, Reached
+from nanochat_core.machine.proxy import socks
 from nanochat_core.runner.estimate import Need, needs, works
 from nanochat_core.runner.plan import Plan, Verdict
 from nanochat_core.sources.download import offline
@@ -75,13 +77,18 @@ def examine(
         tried, busy, env = attempt(plan, wants_gpu, edges)
         lines += torch_lines(tried, wants_gpu, env)
         lines.append(speed_line(tried, busy))
-    lines += memory_lines(memory(machine), found, need, runtime.device)
+        if tried.get("integrated") and not unified(machine):
+            env = env | {guard.INTEGRATED: "1"}
+    shared = unified(machine) is not False or guard.INTEGRATED in env
+    lines += memory_lines(memory(machine), shared, bool(found), need)
     lines += suspend_lines(machine, edges.which)
+    lines += update_lines(machine)
     lines.append(disk_line(need, edges.free(runtime.base_dir), runtime.base_dir))
     lines.append(write_line(edges, runtime.base_dir))
     hosts = wanted_hosts(plan, verdicts)
     answers = {host: edges.reach(f"https://{host}/") for host in hosts if not offline()}
     lines += network_lines(hosts, answers, offline())
+    lines += proxy_lines(hosts, edges.env)
     lines.append(clock_line(machine, [a.clock for a in answers.values() if a.clock is not None], time.time()))
     lines += sandbox_lines(plan, todo)
     return Examination([*lines, *more], env)
@@ -140,12 +147,12 @@ def judged(line: Line, going: bool) -> Line:
 def gpu_line(found: list[Gpu], why: str, device: str, wanted: int) -> Line:
     if found and (len(found) >= wanted or device == "auto"):
         each = "; ".join(f"{gpu.name}, capability {gpu.capability}" for gpu in found)
-        return Line("GPU", "ok", each)
+        return Line("GPU", "ok", f"{each}{why and f'; the driver says: {why}'}")
     if found:
         return Line(
             "GPU",
             "fail",
-            f"{len(found)} of the {wanted} that the profile wants",
+            f"{len(found)} of the {wanted} that the profile wants{why and f'; the driver says: {why}'}",
             f"--set runtime.nproc={len(found)}",
         )
     remedy = "reboot; if that does not help: sudo apt install --reinstall nvidia-driver-580-open"
@@ -268,10 +275,9 @@ def speed_line(tried: Mapping[str, Any], busy: bool) -> Line:
     return Line("speed", "fail" if rate < fault else "warn", words, remedy)
 
 
-def memory_lines(found: Any, cards: list[Gpu], need: Need, device: str) -> list[Line]:
+def memory_lines(found: Any, shared: bool, cards: bool, need: Need) -> list[Line]:
     if found is None:
         return [Line("memory", "warn", "this system does not say how much is free")]
-    shared = any(name in gpu.name for gpu in cards for name in guard.UNIFIED)
     words = f"{found.available / 2**30:.1f} of {found.total / 2**30:.1f} GiB available"
     least = need.memory if shared or not cards else 0
     if found.available < least:
@@ -305,6 +311,38 @@ def suspend_lines(machine: Machine, which: Callable[[str], str | None]) -> list[
     if states and all(state == "masked" for state in states):
         return [Line("suspend", "ok", "masked")]
     return [Line("suspend", "warn", "this machine may go to sleep", f"sudo systemctl mask {' '.join(SLEEP)}")]
+
+
+def update_lines(machine: Machine) -> list[Line]:
+    """What may replace the driver under a run, or has done so already."""
+    lines = []
+    pending = [
+        path for path in ("run/reboot-required", "var/run/reboot-required") if (machine.root / path).exists()
+    ]
+    if pending:
+        packages = " ".join(machine.text(f"{pending[0]}.pkgs").split()[:4])
+        words = f"pending{packages and f', for {packages}'}"
+        lines.append(Line("reboot", "warn", words, "reboot before a run of days: sudo reboot"))
+    files = sorted((machine.root / "etc/apt/apt.conf.d").glob("*"))
+    settings = "\n".join(machine.text(str(path.relative_to(machine.root))) for path in files)
+    upgrades = re.findall(r"^\s*(?:APT::Periodic::)?Unattended-Upgrade\s+\"?(\w+)", settings, re.MULTILINE)
+    if not upgrades:
+        return lines
+    timer = "apt-daily-upgrade.timer"
+    if upgrades[-1] == "0" or machine.ask(["systemctl", "is-enabled", timer]).out in ("masked", "disabled"):
+        return [*lines, Line("updates", "ok", "unattended upgrades are off")]
+    reboots = re.search(r"^\s*Unattended-Upgrade::Automatic-Reboot\s+\"true\"", settings, re.MULTILINE)
+    words = "unattended upgrades may replace the driver under a run"
+    words += " and reboot this machine" if reboots else ""
+    return [
+        *lines,
+        Line(
+            "updates",
+            "warn",
+            words,
+            f"until the run is over: sudo systemctl disable --now unattended-upgrades {timer}",
+        ),
+    ]
 
 
 def disk_line(need: Need, free: int, base_dir: Path) -> Line:
@@ -373,6 +411,15 @@ def network_lines(hosts: list[str], answers: Mapping[str, Reached], offline: boo
     words = "; ".join(f"{host} does not answer ({error})" for host, error in away.items())
     remedy = "connect this machine (https_proxy names a proxy), or bring the files and set NANOCHAT_OFFLINE=1"
     return [Line("network", "fail", words, remedy)]
+
+
+def proxy_lines(hosts: list[str], env: Mapping[str, str]) -> list[Line]:
+    """A SOCKS proxy serves Prefect and the hub's library; our own downloads go by HTTP proxies only."""
+    named = [name for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY") if env.get(name)]
+    if not hosts or not named or not socks(env[named[0]]):
+        return []
+    words = f"{named[0]} names a SOCKS proxy, which downloads do not use"
+    return [Line("proxy", "warn", words, "set https_proxy to an HTTP proxy (http://HOST:PORT)")]
 
 
 def clock_line(machine: Machine, clocks: list[float], now: float) -> Line:

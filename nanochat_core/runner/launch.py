@@ -26,6 +26,7 @@ from nanochat_core.artifacts import orphans, store
 from nanochat_core.artifacts.stage import Interrupted, Job, Metrics, Runtime, Stage
 from nanochat_core.machine import guard, hardware
 from nanochat_core.machine.installed import SAFE_PATH, module
+from nanochat_core.machine.proxy import direct
 from nanochat_core.runner import inputs, rendezvous, sync
 from nanochat_core.runner.exits import DISK_FULL, FULL, killed_rank, last_words, said_since
 from nanochat_core.runner.plan import Plan, judge, rerun_path, saved_step
@@ -186,7 +187,13 @@ def environment() -> dict[str, str]:
     hold the password of the API and of its database."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     own = {"PYTHONUNBUFFERED": "1", "NANOCHAT_PARENT": str(os.getpid())}
-    return SETTINGS | ours | SAFE_PATH | own
+    return SETTINGS | ours | SAFE_PATH | direct(ours) | own
+
+
+def kernel_caches(base_dir: Path) -> dict[str, str]:
+    """Where compiled kernels are kept: not in /tmp, which is cleaned under a run of days."""
+    folder = base_dir / "kernels"
+    return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
 
 
 def insist(
@@ -475,7 +482,7 @@ def main(argv: list[str]) -> int:
         if "RANK" not in os.environ:
             record = json.loads(path.read_text())
             runtime = Runtime.model_validate(record["runtime"])
-            os.environ.update(runtime.environment)
+            os.environ.update(kernel_caches(runtime.base_dir) | os.environ | runtime.environment)
             if load_table(record["stages"])[record["stage"]].ranks == "all" and runtime.processes > 1:
                 become_torchrun(path, runtime)
                 return 0

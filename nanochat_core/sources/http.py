@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
+from nanochat_core.machine.proxy import opener
+
 CHUNK = 1 << 20
 SLOWEST = 1 << 10  # bytes a second over a whole timeout: below that a line counts as dead
 HTTP_TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 528)}  # the last ones are Cloudflare's
@@ -116,7 +118,7 @@ def attempt(remote: Remote, part: Path, timeout: float, stop: threading.Event) -
     authorize(request)
     redirects = _Redirects()
     try:
-        with urllib.request.build_opener(redirects).open(request, timeout=timeout) as answer:
+        with opener(request.full_url, redirects).open(request, timeout=timeout) as answer:
             linked = _as_hash(redirects.linked or answer.headers.get("X-Linked-ETag"))
             commit = redirects.commit or answer.headers.get("X-Repo-Commit")
             _insist_on(remote, commit)
@@ -154,7 +156,7 @@ def head(url: str, timeout: float, absent: str = UNKNOWN) -> Message:
     authorize(request)
     redirects = _Redirects(leave_host=False)
     try:
-        with urllib.request.build_opener(redirects).open(request, timeout=timeout) as answer:
+        with opener(request.full_url, redirects).open(request, timeout=timeout) as answer:
             headers: Message = answer.headers
             return headers
     except urllib.error.HTTPError as error:

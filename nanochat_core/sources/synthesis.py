@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanochat_core.artifacts.store import locked
+from nanochat_core.machine.proxy import opener
 from nanochat_core.sources.http import HTTP_TRANSIENT, NETWORK, RetryableError, retry_after
 from nanochat_core.sources.persona import PERSONA, prompt
+from nanochat_core.sources.reasoning import final_answer
 from nanochat_core.tokenizer.render import Conversation
 
 KEYS = ("NANOCHAT_API_KEY", "OPENAI_API_KEY")  # the first that is set is sent
@@ -33,6 +35,8 @@ WASTED = 20  # answers in a row that could not be used, before the model counts 
 LONGEST = 4_000  # characters of a message
 TURNS = 12  # messages of a conversation
 TEMPERATURE = 1.0
+DECODER = json.JSONDecoder(strict=False)  # models write line ends into their strings
+NO_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
 
 SCHEMA = {
     "type": "object",
@@ -182,12 +186,31 @@ def conversations(order: Order, known: set[str], tell: Tell) -> Iterator[Convers
 
 
 def read_answer(text: str) -> Conversation:
-    """The conversation in an answer, or why it is none."""
-    body = re.sub(r"^\s*```(?:json)?\s*|\s*```\s*$", "", text)  # some models put their JSON in a fence
-    try:
-        row = json.loads(body)
-    except json.JSONDecodeError as error:
-        raise UnusableAnswer(f"not JSON ({error.msg})") from None
+    """The last conversation in an answer, with prose or fences around it or not; or why there is none."""
+    said = final_answer(text)
+    why = UnusableAnswer("no JSON" if said.strip() else "thoughts and no answer")
+    kept, end = None, 0
+    for found in re.finditer(r"[{\[]", said):
+        if found.start() < end:
+            continue
+        try:
+            row, end = DECODER.raw_decode(said, found.start())
+            kept = as_conversation(row)
+        except UnusableAnswer as unusable:
+            why = unusable
+        except json.JSONDecodeError:
+            continue
+        except RecursionError:
+            break
+    if kept is None:
+        raise why
+    return kept
+
+
+def as_conversation(row: Any) -> Conversation:
+    """Decoded JSON as a conversation, or why it is none."""
+    while isinstance(row, dict) and "messages" not in row and len(row) == 1:
+        row = next(iter(row.values()))  # {"conversation": {"messages": ...}}
     messages = row.get("messages") if isinstance(row, dict) else row
     if not isinstance(messages, list) or not 2 <= len(messages) <= TURNS or len(messages) % 2:
         raise UnusableAnswer(f"expected 2 to {TURNS} messages, an even number of them")
@@ -204,15 +227,15 @@ def read_answer(text: str) -> Conversation:
 
 
 class Endpoint:
-    """The server that answers. It is asked for JSON by schema until it says that it does not know that."""
+    """The server that answers. It is asked for JSON by schema and at a temperature until it refuses these."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
         self.url = order.base_url.rstrip("/") + "/chat/completions"
         self.name = next((name for name in KEYS if os.environ.get(name)), None)
-        self.by_schema = True
+        self.optional = ["response_format", "temperature"]  # what is asked for until it is refused
         self.stop = Stop()
-        self.opener = urllib.request.build_opener(_NoRedirect())
+        self.opener = opener(self.url, _NoRedirect())
 
     def conversation(self, number: int) -> Conversation:
         """Ask for one conversation until an answer comes."""
@@ -231,15 +254,13 @@ class Endpoint:
 
     def ask(self, messages: list[dict[str, str]]) -> str:
         """The text of one answer."""
-        by_schema = self.by_schema
-        body: dict[str, Any] = {
-            "model": self.order.model,
-            "messages": messages,
+        named = {"name": "conversation", "strict": True, "schema": SCHEMA}
+        choices = {
+            "response_format": {"type": "json_schema", "json_schema": named},
             "temperature": TEMPERATURE,
         }
-        if by_schema:
-            named = {"name": "conversation", "strict": True, "schema": SCHEMA}
-            body["response_format"] = {"type": "json_schema", "json_schema": named}
+        asked = {option: choices[option] for option in tuple(self.optional)}
+        body = {"model": self.order.model, "messages": messages, **asked}
         headers = {"Content-Type": "application/json", "User-Agent": "nanochat"}
         if self.name is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.name]}"
@@ -247,34 +268,47 @@ class Endpoint:
         try:
             with self.opener.open(request, timeout=self.order.timeout) as answer:
                 said = json.loads(answer.read())
-            text = said["choices"][0]["message"]["content"]
+            choice = said["choices"][0]
+            text = choice["message"]["content"]
+            if isinstance(text, list):
+                text = "".join(part.get("text", "") for part in text)
         except urllib.error.HTTPError as error:
             with contextlib.closing(error):
-                reason = self.refused(error, by_schema)
+                reason = self.refused(error, list(asked))
             raise reason from None
         except NETWORK as error:
             raise RetryableError(str(error) or type(error).__name__) from None
         except (ValueError, KeyError, IndexError, TypeError):
             raise UnusableAnswer("the server's answer is not one of an OpenAI-compatible endpoint") from None
         if not isinstance(text, str) or not text:
-            raise UnusableAnswer("an empty answer")
+            cut = choice.get("finish_reason") == "length"
+            raise UnusableAnswer("an empty answer" + (": its tokens were used up by thoughts" if cut else ""))
         return text
 
-    def refused(self, error: urllib.error.HTTPError, by_schema: bool) -> Exception:
-        """What an HTTP error means for us."""
+    def refused(self, error: urllib.error.HTTPError, asked: list[str]) -> Exception:
+        """What an HTTP error means for us, who `asked` for these options."""
+        said = " ".join(error.read(2_000).decode(errors="replace").split())
+        if error.code == 402 or (error.code == 429 and any(code in said for code in NO_CREDIT)):
+            return ValueError(
+                f"{self.url} answers HTTP {error.code}: the account has no credit left; add some, and the "
+                "same command goes on"
+            )
         if error.code in HTTP_TRANSIENT:
             return RetryableError(f"HTTP {error.code}", retry_after(error.headers))
         if error.code in (401, 403):
             key = f"the key in {self.name} is refused" if self.name else f"it wants a key: set {KEYS[0]}"
             return ValueError(f"{self.url} answers HTTP {error.code}: {key}")
-        if error.code in (400, 422) and by_schema:
-            self.by_schema = False  # many local servers know no schemas; the prompt asks for JSON as well
+        if error.code in (400, 422) and asked:
+            # Many local servers know no schemas, reasoning models no temperature. The prompt asks for JSON.
+            refused = next((option for option in asked if option in said), asked[0])
+            with contextlib.suppress(ValueError):  # another thread has learned it first
+                self.optional.remove(refused)
             return RetryableError(f"HTTP {error.code}", 0.0)
         if 300 <= error.code < 400:
             return ValueError(f"{self.url} redirects to {error.headers.get('Location')}: use that --base-url")
-        said = " ".join(error.read(300).decode(errors="replace").split())
         return ValueError(
-            f"{self.url} answers HTTP {error.code}: check --base-url and --model {self.order.model} ({said})"
+            f"{self.url} answers HTTP {error.code}: check --base-url and --model {self.order.model} "
+            f"({said[:300]})"
         )
 
 

@@ -17,7 +17,8 @@ SPACES = r" \u00a0\u2009\u202f"
 # What typesetting puts into a number, and what to read in its place.
 TYPESET = (
     (re.compile(r"(?<!\d)\*\*|\*\*(?!\d)|__|`"), ""),  # bold and code, but not 10**4
-    (re.compile(r"\{,\}|\\,(?=\d)"), ","),  # the thousands of LaTeX
+    (re.compile(r"\{,\}|\\,(?=\d)|，(?=\d)"), ","),  # thousands in LaTeX and in Chinese
+    (re.compile(r"\\[dt]?frac(\d)(\d)"), r"\1/\2"),
     (re.compile(rf"\\[dt]?frac\s*\{{\s*({DASH}?\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}"), r"\1/\2"),
     (re.compile(r"⁄"), "/"),
     (re.compile(r"\s?([½⅓⅔¼¾⅕⅛])"), lambda found: f" {VULGAR[found[1]]}"),
@@ -59,7 +60,7 @@ SIGN = re.compile(
 )
 
 
-class Found(NamedTuple):
+class Located(NamedTuple):
     """A number, and where its digits begin in the text it was found in."""
 
     value: Fraction
@@ -73,14 +74,14 @@ def plain(text: str) -> str:
     return text
 
 
-def numbers(text: str) -> Iterator[Found]:
+def numbers(text: str) -> Iterator[Located]:
     """The numbers in a `plain` text, from its beginning."""
     for found in NUMBER.finditer(text):
         if len(found[0]) > LONGEST:
             continue
         value = _value(found)
         before = text[max(0, found.start() - 40) : found.start()]
-        yield Found(-value if _negative(before) else value, found.start())
+        yield Located(-value if _negative(before) else value, found.start())
 
 
 def _value(found: re.Match[str]) -> Fraction:

@@ -145,7 +145,7 @@ def implements(body: list[ast.stmt], name: str) -> bool:
         match node:
             case ast.FunctionDef(name=found) if found == name and not stub(node):
                 return True
-            case ast.Assign(targets=[ast.Name(id=found)], value=ast.Lambda()) if found == name:
+            case ast.Assign(targets=[ast.Name(id=found)], value=ast.Lambda() | ast.Name()) if found == name:
                 return True
             case ast.If() | ast.Try():
                 if name in bound([node]):

@@ -62,7 +62,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
 SIGNS = ("#### {m}", "#### - {a}", "#### -${a}", "#### $-{a}", "#### **-{a}**", "#### \\boxed{{-{a}}}", "#### minus {a}",
          "#### negative {a}", "#### -\\${a}", "#### Answer: - {a}", "#### x = -{a}", "#### –{a}", "#### (-{a})")  # fmt: skip
 LOST_SIGNS = ("#### {a}", "#### {a}-", "#### Answer - {a}", "#### 0-{a}")
-FRACTIONS = (("0.75", ("3/4", "\\frac{3}{4}", "\\dfrac{3}{4}", "¾", ".75", "0,75", "0.750", "$.75", "0.75.")),
+FRACTIONS = (("0.75", ("3/4", "\\frac{3}{4}", "\\dfrac{3}{4}", "\\frac34", "¾", ".75", "0,75", "0.750", "$.75", "0.75.")),
              ("2.5", ("2,5", "2 1/2", "2½", "5/2", "2.50", "$2.50", "\\frac{5}{2}", "2,50 €", "25/10")),
              ("-1.5", ("-3/2", "−1.5", "-1,5", "-\\frac{3}{2}", "\\frac{-3}{2}", "-1 1/2", "-$1.50")))  # fmt: skip
 NOT_FRACTIONS = (
@@ -218,6 +218,7 @@ ODD = {
     "numbered lines": "1 def double(values):\n2     return [2 * value for value in values]\n",
     "a diff": "```diff\n+def double(values):\n+    return [2 * value for value in values]\n```",
     "on the fence's line": "```python def double(values): return [2 * value for value in values]```",
+    "another name for it": "def twice(values):\n    return [2 * v for v in values]\n\ndouble = twice\n",
     "in a sentence": "Use `double = lambda values: [2 * value for value in values]` for that.",
     "escaped": "<code>def double(values):\n    return [2 * v if v &lt; 9 else v + v for v in values]</code>",
     "a helper in a block before": "```python\ndef twice(value):\n    return 2 * value\n```\nWith it:\n```python\n"

@@ -171,7 +171,7 @@ def test_answers_of_no_use_are_told_and_asked_for_anew(writer: Writer, tmp_path:
     out = tmp_path / "mine.jsonl"
     synthesize(order(writer, 3, workers=1), out, lambda done, wanted, note: notes.append(note))
     assert [note for note in notes if note] == [
-        "not JSON (Expecting value)",
+        "no JSON",
         "message 1 is empty",
         "message 0 is not the user's: they take turns, and the user begins",
         "the server's answer is not one of an OpenAI-compatible endpoint",
@@ -200,10 +200,70 @@ def test_what_is_no_conversation_is_not_kept(text: str) -> None:
         read_answer(text)
 
 
-def test_json_in_a_fence_and_a_bare_list_are_read() -> None:
-    wanted = talk("hi", "I am nanochat")
-    assert read_answer(f"```json\n{json.dumps(wanted)}\n```") == wanted
-    assert read_answer(json.dumps(wanted["messages"])) == wanted
+TALK = talk("hi", "I am {nanochat}, as in [this]")
+JSON = json.dumps(TALK)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        JSON,
+        json.dumps(TALK["messages"]),
+        json.dumps(TALK, indent=2),
+        json.dumps({"conversation": TALK}),
+        f"```json\n{JSON}\n```",
+        f"```\n{JSON}```",
+        f"Sure! Here is the conversation [as asked]:\n\n```json\n{JSON}\n```\n\nI hope {{this}} helps.",
+        f"Here it is: {JSON} Anything else?",
+        f"<think>They want JSON: {json.dumps(talk('a draft', 'no'))}</think>{JSON}",
+        f"They want JSON.\n</think>\n\n{JSON}",
+        f"<think>Short.</think>\nHere:\n```json\n{JSON}\n```",
+        f"[THINK]Hm, {{}}[/THINK]{JSON}",
+        f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>{JSON}",
+        f"A first try: {json.dumps(talk('one', 'two', 'three'))}. Better: {JSON}",
+        f"A draft: {json.dumps(talk('a draft', 'no'))}\nThe final version: {JSON}",
+        JSON.replace('"hi"', '"hi\n"'),
+        f"\ufeff{JSON}\n",
+    ],
+)
+def test_a_conversation_is_found_after_thoughts_between_prose_and_in_a_fence(text: str) -> None:
+    assert read_answer(text) == TALK
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (f"<think>{JSON}", "thoughts and no answer"),
+        ("<think>Hm.</think>", "thoughts and no answer"),
+        ("I cannot [do that].", "no JSON"),
+        (JSON[:-10], "expected 2 to 12 messages"),
+        ("[" * 10_000, "no JSON"),
+    ],
+)
+def test_thoughts_and_halves_are_no_conversation(text: str, why: str) -> None:
+    with pytest.raises(UnusableAnswer, match=why):
+        read_answer(text)
+
+
+@pytest.mark.parametrize("field", ["code", "type"])
+def test_an_account_without_credit_ends_it_at_once(writer: Writer, tmp_path: Path, field: str) -> None:
+    writer.reply = lambda n: (429, {"error": {field: "insufficient_quota", "message": "You exceeded"}}, {})
+    with pytest.raises(ValueError, match="HTTP 429: the account has no credit left; add some"):
+        synthesize(order(writer, 3, workers=1), tmp_path / "mine.jsonl")
+    assert len(writer.asked) == 1
+
+
+def test_a_model_without_temperature_and_with_parts_is_asked_without(writer: Writer, tmp_path: Path) -> None:
+    def reply(n: int) -> Reply:
+        if "temperature" in writer.asked[n - 1][1]:
+            return 400, {"error": {"message": "Unsupported value: 'temperature' does not support 1.0"}}, {}
+        text = json.dumps(talk(f"question {n}?", f"answer {n}"))
+        return 200, {"choices": [{"message": {"content": [{"type": "text", "text": text}]}}]}, {}
+
+    writer.reply = reply
+    assert synthesize(order(writer, 2, workers=1), tmp_path / "mine.jsonl") == 2
+    assert ["temperature" in body for _, body, _ in writer.asked] == [True, False, False]
+    assert all("response_format" in body for _, body, _ in writer.asked)
 
 
 def test_a_key_comes_from_the_environment_and_a_wrong_one_ends_it_at_once(
@@ -247,7 +307,7 @@ def test_an_endpoint_without_schemas_is_asked_without(writer: Writer, tmp_path: 
     [
         ((404, {"error": {"message": "no model big-model"}}, {}), "HTTP 404: check .*no model big-model", 1),
         ((500, {}, {}), "gave no answer in 6 attempts: HTTP 500; the same command goes on", 6),
-        (said("no"), "20 answers of big-model in a row could not be used.*not JSON", 20),
+        (said("no"), "20 answers of big-model in a row could not be used.*no JSON", 20),
         (said(talk("hi", "I am nanochat")), "20 answers .*there already", 21),
     ],
 )
